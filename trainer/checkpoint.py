@@ -1,0 +1,218 @@
+"""Checkpoints that are whole or not there: written beside, hashed, synced to disk, then renamed.
+
+    checkpoint-500/
+      unet.safetensors  optimizer.safetensors  ema.safetensors   {name: tensor}, fp32
+      state.json        step, global batch, loss scale, settings, versions
+      manifest.json     size and SHA-256 of each file above
+
+A kill at any moment leaves the older checkpoints as they were and at most a hidden folder, which
+the next start removes. Nothing is pickled.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+HIDDEN = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
+ACCELERATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds."""
+
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor, on the CPU
+    state: dict[str, Any]
+
+
+def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Path:
+    """Writes `checkpoint-{step}` under root, then deletes all but the newest `keep`.
+
+    Raises: UsageError: no space is left, or root cannot be written; older checkpoints still stand.
+    """
+    final = root / f"checkpoint-{step}"
+    if final.exists():
+        if broken(final) is None:
+            return final
+        final.rename(_free_name(root / f"{final.name}.broken"))  # kept for whoever wants to look
+    partial = root / f".{final.name}.partial"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for stem, tensors in checkpoint.tensors.items():
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, partial / f"{stem}.safetensors")
+        (partial / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        partial.rename(final)
+        sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _cannot_write(final, error) from None
+    _delete_old(root, keep)
+    return final
+
+
+def load(folder: Path) -> Checkpoint:
+    """Reads a checkpoint whose files are as they were written.
+
+    Raises: UsageError: it is not one of ours, or a file is missing or changed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--resume_from_checkpoint {folder}: there is no such folder")
+    if is_accelerate(folder):
+        raise UsageError(_accelerate_message(folder))
+    reason = broken(folder)
+    if reason is not None:
+        raise UsageError(f"checkpoint {folder} is not whole: {reason}; resume from another one")
+    return read(folder)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads a checkpoint that is known to be whole."""
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
+
+
+def newest(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint under root, and why newer ones were passed over.
+
+    Raises: UsageError: root holds checkpoints of the reference's (Accelerate's) making.
+    """
+    passed_over = []
+    for step in sorted(steps(root), reverse=True):
+        folder = root / f"checkpoint-{step}"
+        if is_accelerate(folder):
+            raise UsageError(_accelerate_message(folder))
+        reason = broken(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is passed over: {reason}")
+    return None, passed_over
+
+
+def broken(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if _fingerprint(path) != expected:
+                return f"{name} does not have the hash it was written with"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the checkpoint folders under root; other names are none of our business."""
+    if not root.is_dir():
+        return []
+    matches = [NAME.fullmatch(path.name) for path in root.iterdir() if path.is_dir()]
+    return [int(match[1]) for match in matches if match]
+
+
+def clean(root: Path) -> None:
+    """Removes what a killed save or deletion left behind."""
+    for path in root.iterdir() if root.is_dir() else ():
+        if HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
+def delete_all(root: Path) -> None:
+    """Removes every checkpoint of ours under root, for a run that starts anew."""
+    for step in steps(root):
+        _delete(root / f"checkpoint-{step}")
+    clean(root)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file, or leaves the old one: never half of the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_accelerate(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of the reference script."""
+    return not (folder / MANIFEST).exists() and any(
+        (folder / name).exists() for name in ACCELERATE_FILES
+    )
+
+
+def _accelerate_message(folder: Path) -> str:
+    return (
+        f"{folder} was written by Accelerate, whose state cannot be gone on from: start from its "
+        f"weights with --unet {folder / 'unet'} and another --output_dir"
+    )
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _delete_old(root: Path, keep: int | None) -> None:
+    """Runs only after the new checkpoint is whole and named."""
+    if keep is not None:
+        for step in sorted(steps(root), reverse=True)[keep:]:
+            _delete(root / f"checkpoint-{step}")
+
+
+def _delete(folder: Path) -> None:
+    """Renamed first, so that a kill in the middle does not leave a broken checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")
+
+
+def _cannot_write(path: Path, error: Exception) -> UsageError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    reason = "no space is left on the disk" if full else str(error)
+    return UsageError(f"cannot write {path}: {reason}; what was written before still stands")

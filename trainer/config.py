@@ -1,0 +1,351 @@
+"""What a run is: frozen sections of flags, checked where they are made, saved beside the run.
+
+Flag names, meanings and defaults are those of diffusers' train_instruct_pix2pix.py, so that its
+command lines run unchanged; flags it does not have are marked "ours". A comment beside a field is
+its help text on the command line.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from .errors import UsageError
+
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+def _at_least(flag: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise UsageError(f"--{flag} must be {least} or more, got {value}")
+
+
+def _share(flag: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise UsageError(f"--{flag} is a probability, from 0 to 1; got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Where the pipeline to start from comes from."""
+
+    pretrained_model_name_or_path: str | None = None  # pipeline folder, or its name on the hub
+    unet: str | None = None  # ours: folder of a UNet to start from instead of the pipeline's
+    revision: str | None = None  # branch, tag or commit on the hub
+    variant: str | None = None  # weight files to take, for instance fp16
+    non_ema_revision: str | None = None  # deprecated: means --revision for the UNet
+    cache_dir: str | None = None  # where hub downloads are kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which pairs are trained on, and how an image becomes a square of pixels."""
+
+    dataset_name: str | None = None  # hub name, or a local folder in any layout of the README
+    dataset_config_name: str | None = None  # the dataset's configuration, if it has several
+    dataset_split: str = "train"  # ours: the split to train on
+    train_data_dir: str | None = None  # a local folder, as for --dataset_name
+    original_image_column: str = "input_image"  # column of the image before the edit
+    edited_image_column: str = "edited_image"  # column of the image after the edit
+    edit_prompt_column: str = "edit_prompt"  # column of the instruction
+    max_train_samples: int | None = None  # train on this many rows, drawn with --seed
+    held_out: int = 0  # ours: rows kept out of training, for the held-out loss and pictures
+    on_bad_sample: Literal["stop", "skip"] = "stop"  # ours: an unreadable image stops or is skipped
+    dataloader_num_workers: int = 0  # processes that decode images, for each rank
+    dataloader_prefetch: int = 4  # ours: micro-batches each worker keeps ready
+    resolution: int = 256  # pixels, side of the square that is trained on
+    max_resize: int | None = None  # ours: short side drawn from --resolution to this (paper: 288)
+    interpolation: Interpolation = "bicubic"  # ours: of the resize of the short side
+    center_crop: bool = False  # crop the middle instead of a random place
+    random_flip: bool = False  # mirror half of the pairs, decided for each pair
+
+    def __post_init__(self) -> None:
+        _at_least("resolution", self.resolution, 8)
+        _at_least("max_train_samples", self.max_train_samples, 1)
+        _at_least("held_out", self.held_out, 0)
+        _at_least("dataloader_num_workers", self.dataloader_num_workers, 0)
+        _at_least("dataloader_prefetch", self.dataloader_prefetch, 1)
+        if self.max_resize is not None:
+            _at_least("max_resize", self.max_resize, self.resolution)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditioningConfig:
+    """How often training hides the instruction, the image, or both (guidance needs all three)."""
+
+    conditioning_dropout_prob: float | None = None  # the rate of each case (paper: 0.05)
+    text_dropout_prob: float | None = None  # ours: text alone; overrides the rate above
+    image_dropout_prob: float | None = None  # ours: image alone
+    both_dropout_prob: float | None = None  # ours: text and image together
+
+    def __post_init__(self) -> None:
+        for name in ("conditioning", "text", "image", "both"):
+            _share(f"{name}_dropout_prob", getattr(self, f"{name}_dropout_prob"))
+        if sum(self.rates) > 1 + 1e-9:
+            raise UsageError(
+                "the drop rates of text, both and image must sum to 1 or less, got "
+                f"{' + '.join(map(str, self.rates))}: lower --conditioning_dropout_prob"
+            )
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """Rates of dropping the text alone, text and image, the image alone."""
+        default = self.conditioning_dropout_prob or 0.0
+        own = (self.text_dropout_prob, self.both_dropout_prob, self.image_dropout_prob)
+        text, both, image = (default if rate is None else rate for rate in own)
+        return text, both, image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule, and the averaged copy of the weights."""
+
+    learning_rate: float = 1e-4  # peak
+    scale_lr: bool = False  # multiply the learning rate by the samples of one optimizer step
+    lr_scheduler: LrScheduler = "constant"  # counted in optimizer steps
+    lr_warmup_steps: int = 500  # optimizer steps; "constant" has no warm-up whatever this says
+    use_8bit_adam: bool = False  # AdamW with 8-bit moments (pip install fusedit[8bit]; needs a GPU)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # global L2 norm, clipped once an optimizer step; inf: never
+    use_ema: bool = False  # keep an averaged copy and export it; the raw weights are kept too
+    ema_decay: float = 0.9999  # ours: after the warm-up (1 + n) / (10 + n), as in the paper's code
+
+    def __post_init__(self) -> None:
+        _at_least("learning_rate", self.learning_rate, 0)
+        _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
+        _at_least("adam_weight_decay", self.adam_weight_decay, 0)
+        _at_least("adam_epsilon", self.adam_epsilon, 0)
+        _share("adam_beta1", self.adam_beta1)
+        _share("adam_beta2", self.adam_beta2)
+        _share("ema_decay", self.ema_decay)
+        if not self.max_grad_norm > 0:
+            raise UsageError(
+                f"--max_grad_norm must be above 0, got {self.max_grad_norm}; inf turns clipping off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """How long a run is, and how an optimizer step is cut up."""
+
+    train_batch_size: int = 16  # samples one rank holds in memory at once
+    gradient_accumulation_steps: int = 1  # micro-steps of each rank in one optimizer step
+    num_train_epochs: int = 100  # passes over the data, unless --max_train_steps is given
+    max_train_steps: int | None = None  # optimizer steps; overrides --num_train_epochs
+    seed: int = 0  # every draw is a function of it and of the sample's position
+
+    def __post_init__(self) -> None:
+        _at_least("train_batch_size", self.train_batch_size, 1)
+        _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        _at_least("num_train_epochs", self.num_train_epochs, 1)
+        _at_least("max_train_steps", self.max_train_steps, 1)
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed must be from 0 to 2**64 - 1, got {self.seed}")
+
+    def global_batch(self, ranks: int) -> int:
+        """Samples in one optimizer step, over all ranks and micro-steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """Number formats and memory."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = (
+        None  # default: bf16 on a GPU, no on CPU
+    )
+    allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
+    gradient_checkpointing: bool = False  # less memory, a slower backward
+    enable_xformers_memory_efficient_attention: bool = False  # no effect: PyTorch's SDPA is used
+    deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Pictures and the held-out loss during training. They cannot change what is trained."""
+
+    val_image_url: str | None = None  # URL or path of an image to edit
+    validation_prompt: str | None = None  # its instruction
+    num_validation_images: int = 4  # edits of that image, each with its own fixed noise
+    validation_epochs: int = 1  # validate every so many epochs
+    validation_steps: int | None = None  # ours: every so many optimizer steps; overrides epochs
+    validation_inference_steps: int = 20  # ours: denoising steps of a picture
+    validation_guidance_scale: float = 7.0  # ours: text guidance of a picture
+    validation_image_guidance_scale: float = 1.5  # ours: image guidance of a picture
+
+    def __post_init__(self) -> None:
+        _at_least("num_validation_images", self.num_validation_images, 0)
+        _at_least("validation_epochs", self.validation_epochs, 1)
+        _at_least("validation_steps", self.validation_steps, 1)
+        _at_least("validation_inference_steps", self.validation_inference_steps, 1)
+        if (self.val_image_url is None) != (self.validation_prompt is None):
+            raise UsageError(
+                "--val_image_url and --validation_prompt go together: give both or neither"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputConfig:
+    """What is written where, and sent where."""
+
+    output_dir: str = "instruct-pix2pix-model"  # the exported pipeline, checkpoints and logs
+    overwrite: bool = False  # ours: start anew in an output folder that holds a run
+    resume_from_checkpoint: str | None = None  # a checkpoint folder, or latest (the default)
+    checkpointing_steps: int = 500  # optimizer steps between checkpoints
+    checkpoints_total_limit: int | None = None  # newest checkpoints kept; all by default
+    logging_dir: str = "logs"  # TensorBoard's folder, inside --output_dir
+    log_every: int = 10  # ours: optimizer steps between lines of the log
+    report_to: str = "tensorboard"  # or wandb, mlflow, trackio; a,b for several; all; none
+    push_to_hub: bool = False  # send the exported pipeline (never the optimizer state)
+    hub_token: str | None = None  # never written anywhere
+    hub_model_id: str | None = None  # repository; by default the name of --output_dir
+
+    def __post_init__(self) -> None:
+        _at_least("checkpointing_steps", self.checkpointing_steps, 1)
+        _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        _at_least("log_every", self.log_every, 1)
+        unknown = set(self.report_to.split(",")) - {*TRACKERS, "all", "none"}
+        if unknown:
+            raise UsageError(
+                f"--report_to knows {', '.join(TRACKERS)}, all and none; got {self.report_to}"
+            )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers asked for, in the order of TRACKERS."""
+        asked = self.report_to.split(",")
+        return tuple(name for name in TRACKERS if name in asked or "all" in asked)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def check_complete(self) -> None:
+        """Raises UsageError when what has no default was not given."""
+        if self.model.pretrained_model_name_or_path is None:
+            raise UsageError(
+                "--pretrained_model_name_or_path is missing: a pipeline folder or a name on the "
+                "hub, for instance stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
+        if self.data.dataset_name is None and self.data.train_data_dir is None:
+            raise UsageError(
+                "--dataset_name or --train_data_dir is missing: a name on the hub or a local folder"
+            )
+
+
+# The table of what may differ when a run goes on in the same output folder. All else is part of
+# what the run is. The cut of a step may change, its global batch (kept in the checkpoint) may not.
+MAY_CHANGE = frozenset(
+    {
+        "loop.train_batch_size",
+        "loop.gradient_accumulation_steps",
+        "loop.num_train_epochs",
+        "loop.max_train_steps",
+        "model.cache_dir",
+        "data.on_bad_sample",
+        "data.dataloader_num_workers",
+        "data.dataloader_prefetch",
+        "precision.gradient_checkpointing",
+        "precision.enable_xformers_memory_efficient_attention",
+        *(f"validation.{f.name}" for f in dataclasses.fields(ValidationConfig)),
+        *(f"output.{f.name}" for f in dataclasses.fields(OutputConfig)),
+    }
+)
+_SECRET = {"output.hub_token"}
+_OF_ONE_START = {"output.overwrite", "output.resume_from_checkpoint"}
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting as {"section.name": value}, without the hub token."""
+    return {
+        f"{section}.{name}": value
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in values.items()
+        if f"{section}.{name}" not in _SECRET
+    }
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of settings that differ and are not in MAY_CHANGE; both as made by `flat`."""
+    return [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+
+
+def to_toml(config: RunConfig) -> str:
+    """The settings as TOML tables, one a section; those that are None are left out."""
+    tables: dict[str, dict[str, Any]] = {}
+    for path, value in flat(config).items():
+        section, name = path.split(".")
+        if value is not None and path not in _OF_ONE_START:
+            tables.setdefault(section, {})[name] = value
+    return tomli_w.dumps(tables)
+
+
+def from_toml(path: Path) -> RunConfig:
+    """Reads a run from TOML: flag names under their sections, or without any section.
+
+    Raises: UsageError: no such file, not TOML, an unknown name (with the nearest), a wrong type.
+    """
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    return from_values(values, source=f"--config {path}")
+
+
+def from_values(values: dict[str, Any], source: str) -> RunConfig:
+    """Builds a run from {flag: value} or {section: {flag: value}}; `source` starts each message."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    home = {f.name: section for section, cls in sections.items() for f in dataclasses.fields(cls)}
+    built: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for key, value in values.items():
+        named = value if isinstance(value, dict) and key in sections else {key: value}
+        for name, setting in named.items():
+            if name not in home or (named is value and home[name] != key):
+                nearest = difflib.get_close_matches(name, [*home, *sections], n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UsageError(f"{source}: unknown setting {name}{hint}")
+            built[home[name]][name] = _checked(sections[home[name]], name, setting, source)
+    return RunConfig(**{section: sections[section](**built[section]) for section in sections})
+
+
+def _checked(cls: type, name: str, value: Any, source: str) -> Any:
+    """The value, as the type its section declares; integers serve as floats."""
+    declared = get_type_hints(cls)[name]
+    allowed: list[str] = []
+    for option in get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,):
+        if isinstance(option, type):
+            if type(value) is option:
+                return value
+            if option is float and type(value) is int:
+                return float(value)
+            allowed += [option.__name__] if option is not NoneType else []
+        else:  # a Literal
+            if value in get_args(option):
+                return value
+            allowed += get_args(option)
+    raise UsageError(f"{source}: {name} must be {' or '.join(allowed)}, got {value!r}")

@@ -1,0 +1,34 @@
+"""An averaged copy of the weights, fp32, kept by name."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Exponential moving average of parameters.
+
+    Source: the warm-up min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ... is that of the
+    LitEma class InstructPix2Pix was trained with.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
+        self.parameters = dict(named)
+        self.decay = decay
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, n: int, applies: Tensor) -> None:
+        """Moves the averages to the parameters after optimizer step n, counted from 1.
+
+        Args:
+            applies: [] bool; False leaves the averages as they are, decided on the device.
+        """
+        weight = (1.0 - min(self.decay, (1 + n) / (10 + n))) * applies.float()
+        averages = list(self.averages.values())
+        torch._foreach_lerp_(averages, list(self.parameters.values()), [weight] * len(averages))
+
+    def load_state(self, averages: dict[str, Tensor]) -> None:
+        for name, average in averages.items():
+            self.averages[name].copy_(average)

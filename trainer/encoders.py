@@ -1,0 +1,69 @@
+"""The frozen half of the model: VAE and text encoder, from pixels and tokens to samples.
+
+Source: Brooks et al. 2023 (arXiv:2211.09800), section 3.2: the target is a sample of the VAE's
+posterior, the condition its mode. Both images of a pair go through the VAE in one batch.
+"""
+
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from .data import PixelBatch
+
+
+class Samples(NamedTuple):
+    """What the UNet trains on; also what a cache would keep. n samples, f the VAE's factor."""
+
+    target_mean: Tensor  # [n, 4, height / f, width / f], of the edited image's posterior, unscaled
+    target_std: Tensor  # the same shape: the posterior is sampled anew at each visit
+    condition: Tensor  # the same shape: mode of the original image's posterior, unscaled
+    text: Tensor  # [n, tokens, width], the text encoder's last hidden state
+    positions: Tensor  # [n] int64, place of the sample in the run: the counter of its draws
+    weights: Tensor  # [n] fp32, 1, or 0 for padding and skipped samples
+
+
+class Encoders:
+    """Turns pixel batches into samples, without gradients, in one dtype.
+
+    Args:
+        null_tokens: [1, tokens] int64, the empty instruction; encoded once, here.
+        dtype: of the encoders and of the samples; the reference uses that of mixed_precision.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        null_tokens: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
+        self.text_encoder = text_encoder.to(device, dtype).eval().requires_grad_(False)
+        self.device = device
+        self.dtype = dtype
+        self.null_text = self.encode_text(null_tokens.to(device))  # [1, tokens, width]
+
+    @torch.no_grad()
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """[n, tokens] int64 -> [n, tokens, width]."""
+        return self.text_encoder(tokens).last_hidden_state
+
+    @torch.no_grad()
+    def encode(self, batch: PixelBatch) -> Samples:
+        """Pixels and tokens of n pairs -> samples on the device."""
+        images = torch.cat((batch.edited, batch.original))  # [2 n, 3, height, width] uint8
+        images = images.to(self.device, non_blocking=True).to(self.dtype) / 127.5 - 1.0
+        posterior = self.vae.encode(images).latent_dist
+        edited_mean, condition = posterior.mean.chunk(2)
+        return Samples(
+            target_mean=edited_mean,
+            target_std=posterior.std.chunk(2)[0],
+            condition=condition,
+            text=self.encode_text(batch.tokens.to(self.device, non_blocking=True)),
+            positions=batch.positions.to(self.device, non_blocking=True),
+            weights=batch.weights.to(self.device, non_blocking=True),
+        )

@@ -1,0 +1,112 @@
+"""One optimizer update: micro-batches in, parameters moved, numbers to log out."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .ema import Ema
+from .encoders import Samples
+from .optim import AdamW
+from .world import World
+
+GROWTH_STEPS = 2000  # good steps before the loss scale doubles, as in torch.amp.GradScaler
+MAX_SCALE = 2.0**24
+
+
+class StepResult(NamedTuple):
+    """All stay on the device; the logger decides when to read them."""
+
+    loss: Tensor  # [] fp32, summed over the window's samples and all ranks
+    samples: Tensor  # [] fp32, how many samples that were
+    grad_norm: Tensor  # [] fp32, of the mean gradient over all ranks, before clipping
+    applied: Tensor  # [] bool, False: the gradient was not finite, nothing moved
+
+
+class LossScale:
+    """What the loss is multiplied by so that fp16 gradients do not vanish; 1 in other dtypes.
+
+    Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2, with the constants of
+    torch.amp.GradScaler; here it never leaves the device.
+    """
+
+    def __init__(self, enabled: bool, device: torch.device) -> None:
+        self.enabled = enabled
+        self.scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, finite: Tensor) -> None:
+        """Halves the scale after a step that overflowed, doubles it after many that did not."""
+        if not self.enabled:
+            return
+        self.good_steps = torch.where(finite, self.good_steps + 1, 0)
+        grows = self.good_steps >= GROWTH_STEPS
+        factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
+        self.scale = (self.scale * factor).clamp(1.0, MAX_SCALE)
+        self.good_steps = torch.where(grows, 0, self.good_steps)
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Iterable[Samples],
+    micro_steps: int,
+    loss_fn: Callable[[nn.Module, Samples], Tensor],
+    optimizer: AdamW,
+    ema: Ema | None,
+    loss_scale: LossScale,
+    world: World,
+    *,
+    number: int,
+    lr: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """Accumulates over the micro-batches, all-reduces once, clips and updates.
+
+    The gradient is that of the mean over the samples of weight 1 in the whole window, however the
+    window is cut into ranks and micro-steps and however short it is.
+
+    Args:
+        model: the UNet, wrapped in DDP when there is more than one rank.
+        micro_batches: this rank's share of the window, `micro_steps` of them, taken one by one.
+        loss_fn: (model, samples) -> [n] fp32, the loss of each sample.
+        number: of this optimizer step, from 1.
+        max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
+    """
+    optimizer.zero_grad()
+    totals = torch.zeros(2, device=world.device)  # loss and samples
+    for index, samples in enumerate(micro_batches, start=1):
+        with nullcontext() if index == micro_steps else no_all_reduce(model):
+            loss = (loss_fn(model, samples) * samples.weights).sum()
+            (loss * loss_scale.scale).backward()
+        totals += torch.stack((loss.detach(), samples.weights.sum()))
+    loss, count = world.sum(totals)
+
+    # DDP has divided by the ranks; the mean is over samples.
+    mean_factor = world.size / (count.clamp(min=1.0) * loss_scale.scale)
+    grad_norm = optimizer.grad_norm() * mean_factor
+    finite = torch.isfinite(grad_norm)
+    applied = finite & (count > 0)
+    clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
+    optimizer.update(lr, mean_factor * clip, applied)
+    if ema is not None:
+        ema.update(number, applied)
+    loss_scale.update(finite)
+    return StepResult(loss, count, grad_norm, applied)
+
+
+def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW) -> None:
+    """One backward whose gradients are thrown away, before the first real step of every start.
+
+    DDP orders its buckets by the first backward, and with them the sums over ranks: without this
+    a resumed run would add in another order than the run it goes on from.
+    """
+    loss_fn(model, samples).sum().backward()
+    optimizer.zero_grad()
+
+
+def no_all_reduce(model: nn.Module):
+    """A micro-step that is not the last of its window keeps its gradients to itself."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,91 @@
+"""The ranks of a run: who I am, what device I have, and the few things ranks tell each other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UsageError
+
+MESSAGE_BYTES = 2048  # of an error told to the other ranks; longer ones are cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """This process among the others. One rank needs no process group and has none."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start(self, timeout_s: float = 1800.0) -> None:
+        """Joins the process group; torch finds the others by MASTER_ADDR and MASTER_PORT."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            # Gloo beside NCCL: what the host decides (stop, errors) must not wait for the GPU.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout_s)
+            )
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place; on a GPU the host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values. The host waits for the other hosts, not for GPUs."""
+        if self.size == 1:
+            return value
+        values = torch.tensor([value])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values.item())
+
+    def barrier(self) -> None:
+        """Waits until every host is here."""
+        self.highest(0)
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """Each rank's tensor, in the order of ranks; all on the CPU and of one shape."""
+        if self.size == 1:
+            return [mine]
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine)
+        return everyones
+
+    def texts(self, text: str) -> list[str]:
+        """Each rank's text, cut to MESSAGE_BYTES, in the order of ranks."""
+        mine = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        encoded = text.encode()[:MESSAGE_BYTES]
+        mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        return [bytes(t.tolist()).rstrip(b"\0").decode(errors="ignore") for t in self.gather(mine)]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A stage that all ranks end alike: a UsageError of one is raised on every one of them.
+
+        No collective may run inside, for a rank that fails would leave the others waiting.
+        """
+        mistake = ""
+        try:
+            yield
+        except UsageError as error:
+            mistake = str(error) or "unknown mistake"
+        if self.highest(bool(mistake)):
+            raise UsageError(next(text for text in self.texts(mistake) if text))
