@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion pipeline and a tiny dataset on disk: every real part, made in a moment."""
+"""A tiny Stable Diffusion pipeline and a tiny dataset on disk: all parts real, made in a moment."""
 
 import json
 from pathlib import Path

@@ -56,7 +56,10 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
         for stem, tensors in checkpoint.tensors.items():
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, partial / f"{stem}.safetensors")
-        (partial / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
+        state = partial / "state.json"
+        state.write_text(json.dumps(checkpoint.state, indent=1))
+        for path in partial.iterdir():  # safetensors lets nobody but the owner read
+            path.chmod(state.stat().st_mode)
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -67,15 +70,12 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _cannot_write(final, error) from None
-    _delete_old(root, keep)
+    _delete_older(root, step, keep)
     return final
 
 
-def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint whose files are as they were written.
-
-    Raises: UsageError: it is not one of ours, or a file is missing or changed.
-    """
+def check(folder: Path) -> None:
+    """Raises UsageError unless the folder is a checkpoint whose files are as they were written."""
     if not folder.is_dir():
         raise UsageError(f"--resume_from_checkpoint {folder}: there is no such folder")
     if is_accelerate(folder):
@@ -83,13 +83,17 @@ def load(folder: Path) -> Checkpoint:
     reason = broken(folder)
     if reason is not None:
         raise UsageError(f"checkpoint {folder} is not whole: {reason}; resume from another one")
-    return read(folder)
 
 
 def read(folder: Path) -> Checkpoint:
-    """Reads a checkpoint that is known to be whole."""
+    """Reads a checkpoint that has been checked."""
     tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    return Checkpoint(tensors, json.loads((folder / "state.json").read_text()))
+    return Checkpoint(tensors, read_state(folder))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads what a checkpoint says beside its tensors."""
+    return json.loads((folder / "state.json").read_text())
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -190,11 +194,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _delete_old(root: Path, keep: int | None) -> None:
-    """Runs only after the new checkpoint is whole and named."""
+def _delete_older(root: Path, step: int, keep: int | None) -> None:
+    """Runs only after the new checkpoint is whole; later ones, which are broken, do not count."""
     if keep is not None:
-        for step in sorted(steps(root), reverse=True)[keep:]:
-            _delete(root / f"checkpoint-{step}")
+        older = sorted((other for other in steps(root) if other < step), reverse=True)
+        for other in older[keep - 1 :]:
+            _delete(root / f"checkpoint-{other}")
 
 
 def _delete(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """An averaged copy of the weights, fp32, kept by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,20 @@ class Ema:
         weight = (1.0 - min(self.decay, (1 + n) / (10 + n))) * applies.float()
         averages = list(self.averages.values())
         torch._foreach_lerp_(averages, list(self.parameters.values()), [weight] * len(averages))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters hold the averages; afterwards their own bits again."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.averages[name] = self.averages[name], parameter.data
 
     def load_state(self, averages: dict[str, Tensor]) -> None:
         for name, average in averages.items():

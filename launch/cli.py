@@ -1,0 +1,96 @@
+"""The `fusedit` command.
+
+    fusedit train [--nproc_per_node N] FLAGS   torchrun on this machine's devices
+    fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
+    fusedit demo                               the whole job on a drawn world, in minutes
+
+Exit codes: 0 done, 2 a mistake the user can put right, 75 stopped by a signal after a checkpoint.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from ..trainer.errors import UsageError
+
+USAGE = __doc__.split("\n", 2)[2] + "\n`fusedit COMMAND --help` tells more."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    # Each command imports what it needs when it is called: torch and diffusers take seconds.
+    if command == "train":
+        return train(rest)
+    if command == "edit":
+        from . import edit
+
+        return edit.main(rest)
+    if command == "demo":
+        from .demo import run
+
+        return run.main(rest)
+    wants_help = command in ("-h", "--help")
+    print(USAGE if wants_help else f"fusedit: no command {command}\n{USAGE}", file=sys.stderr)
+    return 0 if wants_help else 2
+
+
+def train(argv: list[str]) -> int:
+    """Checks the flags, then trains on all devices: one process alone, several under torchrun."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--nproc_per_node", "--nproc-per-node", type=int)
+    own.add_argument("--master_port", "--master-port", type=int)
+    machine, flags = own.parse_known_args(argv)
+
+    import torch
+
+    from .flags import parse
+    from .train import MISTAKE
+    from .train import main as train_alone
+
+    try:
+        parse(flags).run.check_complete()
+    except UsageError as error:
+        print(f"fusedit: {error}", file=sys.stderr)
+        return MISTAKE
+    ranks = machine.nproc_per_node or max(torch.cuda.device_count(), 1)
+    return train_alone(flags) if ranks == 1 else torchrun(ranks, machine.master_port, flags)
+
+
+def torchrun(ranks: int, port: int | None, flags: list[str]) -> int:
+    """`torchrun --nproc-per-node RANKS -m fusedit.launch.train FLAGS`, with our exit codes.
+
+    Args:
+        port: of the rendezvous; None finds a free one.
+    """
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    from .train import DONE, MISTAKE, STOPPED
+
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else torchrun warns that it says 1
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # s, for the last checkpoint
+    # What went wrong has been said by rank 0; torchrun's own lines would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    where = ["--standalone"] if port is None else ["--master-port", str(port)]
+    arguments = [*where, "--nproc-per-node", str(ranks), "-m", "fusedit.launch.train", *flags]
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        return max(error.get_first_failure()[1].exitcode, 1)
+    except SignalException:
+        return STOPPED
+    except DistNetworkError as error:
+        message = str(error).splitlines()[0]
+        print(f"fusedit: --master_port {port} cannot be used: {message}", file=sys.stderr)
+        return MISTAKE
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The command line: the sections of RunConfig as flat flags, over an optional TOML file."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..trainer.config import RunConfig, from_toml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainFlags:
+    """Fine-tunes Stable Diffusion to edit images from instructions."""
+
+    run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
+    config: Path | None = None  # TOML file of these flags; the command line overrides it
+    dry_run: bool = False  # load and check everything, print the plan, train nothing
+    local_rank: int = -1  # no effect: torchrun's LOCAL_RANK is used
+
+
+def parse(argv: list[str], quiet: bool = False) -> TrainFlags:
+    """Reads the flags; tyro prints help and its own mistakes and exits.
+
+    Args:
+        quiet: print nothing, as all ranks but the first.
+
+    Raises: UsageError: a value no section takes, or a --config that cannot be read.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(argv)[0].config
+    default = TrainFlags(run=from_toml(path) if path else RunConfig(), config=path)
+    flags = tyro.cli(
+        TrainFlags,
+        prog="fusedit train",
+        args=argv,
+        default=default,
+        use_underscores=True,
+        console_outputs=not quiet,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if flags.local_rank >= 0 and not quiet:
+        print("--local_rank is ignored: torchrun's LOCAL_RANK is used", file=sys.stderr)
+    return flags

@@ -1,0 +1,100 @@
+"""torchrun --nproc-per-node=N -m fusedit.launch.train FLAGS: one process of a run.
+
+Also `python -m fusedit.launch.train FLAGS`, which is one rank alone.
+Exit codes: 0 done, 2 a mistake the user can put right, 75 stopped by a signal after a checkpoint.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from types import FrameType
+
+import torch
+
+from ..trainer.errors import UsageError
+from ..trainer.world import World
+from .flags import parse
+
+DONE, MISTAKE, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, what schedulers requeue
+
+
+class StopSignals:
+    """SIGTERM and SIGINT ask the loop to stop after the step; a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = True
+
+
+def make_world() -> World:
+    """This process's place, as torchrun tells it by environment variables; alone without them."""
+    rank, local_rank, size, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (
+            ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1),
+        )
+    )  # fmt: skip
+    if not torch.cuda.is_available():
+        # torchrun gives each process one thread; the ranks of a machine share its cores.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        return World(rank=rank, local_rank=local_rank, size=size)
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"--nproc-per-node {local_size} is more than the {torch.cuda.device_count()} GPUs here"
+        )
+    device = torch.device("cuda", local_rank)
+    return World(rank=rank, local_rank=local_rank, size=size, device=device)
+
+
+def quiet_libraries() -> None:
+    """Silences hints that do not concern the user: those of a run are the run's own."""
+    import datasets
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers, datasets):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs this rank to its end and returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        flags = parse(argv, quiet=rank != 0)
+        from ..trainer.run import Ended, train  # seconds of imports, not needed to refuse a flag
+
+        quiet_libraries()
+        signals = StopSignals()
+        world = make_world()
+        world.start()
+        try:
+            ended = train(
+                flags.run,
+                world,
+                command=shlex.join(["fusedit", "train", *argv]),
+                stop_requested=lambda: signals.asked,
+                dry_run=flags.dry_run,
+            )
+        finally:
+            world.stop()
+    except UsageError as error:
+        if rank == 0:
+            print(f"fusedit: {error}", file=sys.stderr)
+        return MISTAKE
+    return DONE if ended is Ended.DONE else STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""However a step is cut into ranks and micro-steps, it sees the same samples and ends alike."""
+
+import pytest
+from ranks import run
+from safetensors.torch import load_file
+from tiny import save_tiny_dataset, save_tiny_pipeline
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_pipeline(folder / "base")
+    save_tiny_dataset(folder / "data", count=20)  # 20 rows, 8 a step: the last window has 4
+    return folder
+
+
+def _train(inputs, tmp_path, name, ranks, batch, micro_steps, *more):
+    output = tmp_path / name
+    flags = [
+        f"--pretrained_model_name_or_path={inputs / 'base'}",
+        f"--train_data_dir={inputs / 'data'}",
+        "--resolution=16",
+        "--random_flip",
+        f"--train_batch_size={batch}",
+        f"--gradient_accumulation_steps={micro_steps}",
+        f"--max_train_steps={STEPS}",
+        "--conditioning_dropout_prob=0.1",
+        "--use_ema",
+        "--report_to=none",
+        "--learning_rate=1e-3",
+        "--adam_epsilon=1e-3",  # not far below the gradients, or Adam would hide a wrong scale
+        f"--output_dir={output}",
+        *more,
+    ]
+    run(ranks, flags, tmp_path / f"{name}.log")
+    return output / f"checkpoint-{STEPS}"
+
+
+@pytest.mark.parametrize("max_grad_norm", ["inf", "0.05"])  # 0.05 clips each step of this model
+def test_ranks_and_micro_steps_do_not_change_the_weights(inputs, tmp_path, max_grad_norm):
+    clip = f"--max_grad_norm={max_grad_norm}"
+    alone = _train(inputs, tmp_path, "1x8", 1, 8, 1, clip)
+    for name, ranks, batch, micro_steps in [
+        ("2x4", 2, 4, 1),
+        ("1x2x4", 1, 4, 2),
+        ("2x2x2", 2, 2, 2),
+    ]:
+        other = _train(inputs, tmp_path, name, ranks, batch, micro_steps, clip)
+        for file in ("unet", "ema"):
+            expected, weights = (load_file(f / f"{file}.safetensors") for f in (alone, other))
+            for key, value in weights.items():
+                distance = (value - expected[key]).norm() / expected[key].norm()
+                assert distance < 1e-5, f"{name} {file} {key}: {distance:.1e}"

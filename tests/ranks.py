@@ -1,0 +1,85 @@
+"""Runs of `fusedit.launch.train` as torchrun starts them, without its seconds of imports.
+
+A server process imports everything once and is forked for each rank.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["fusedit.trainer.run"])
+
+
+class Ranks:
+    """The processes of one run.
+
+    Args:
+        log: file that all ranks' output goes to.
+        threads: of each rank; fixed, for sums depend on it.
+    """
+
+    def __init__(self, size: int, flags: list[str], log: Path, threads: int = 1) -> None:
+        self.log = log
+        port = _free_port()
+        self.processes = [
+            _context.Process(target=_rank, args=(rank, size, port, flags, str(log), threads))
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout_s: float = 300) -> list[int | None]:
+        """Exit codes; the rest are killed when one fails, as torchrun does."""
+        for process in self.processes:
+            process.join(timeout_s)
+            if process.exitcode != 0:
+                self.kill(self.processes)
+        return [process.exitcode for process in self.processes]
+
+    def kill(self, which) -> None:
+        """SIGKILL."""
+        for process in which:
+            process.kill()
+            process.join()
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def run(size: int, flags: list[str], log: Path) -> str:
+    """Runs to the end, which must be a good one; returns what was printed."""
+    ranks = Ranks(size, flags, log)
+    codes = ranks.wait()
+    assert codes == [0] * size, ranks.output()
+    return ranks.output()
+
+
+def _rank(rank: int, size: int, port: int, flags: list[str], log: str, threads: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        HF_HUB_OFFLINE="1",
+    )
+    import torch
+
+    from fusedit.launch import train
+
+    torch.set_num_threads(threads)
+    with open(log, "a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        code = train.main(flags)
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

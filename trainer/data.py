@@ -1,0 +1,269 @@
+"""Rows become samples: the order of a run, one geometry for both images of a pair, the loader.
+
+A sample is a function of (seed, its position in the run). An epoch is `steps_per_epoch` optimizer
+steps; its last slots, beyond the rows, are padding: samples of weight 0, so that shapes are static.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from .config import DataConfig
+from .draws import Purpose, draw_uniform, permutation
+from .errors import UsageError
+from .rows import BadSample, Rows
+
+CENTRE = (0.0, 0.5, 0.5, 0.5)  # draws for the least size, the middle, no mirror
+
+
+class PixelSample(NamedTuple):
+    """One record of `EditPairs`."""
+
+    original: Tensor  # [3, resolution, resolution] uint8
+    edited: Tensor
+    tokens: Tensor  # [length] int64
+    position: int
+    weight: float  # 1; 0 for padding and for what could not be read
+    error: str | None = None
+
+
+class PixelBatch(NamedTuple):
+    """A micro-batch, as it leaves the loader."""
+
+    original: Tensor  # [n, 3, resolution, resolution] uint8
+    edited: Tensor
+    tokens: Tensor  # [n, length] int64
+    positions: Tensor  # [n] int64
+    weights: Tensor  # [n] fp32
+    errors: tuple[str, ...]  # of its bad samples; a list once pinned
+
+
+def collate(samples: list[PixelSample]) -> PixelBatch:
+    """Stacks records into one micro-batch."""
+    return PixelBatch(
+        original=torch.stack([sample.original for sample in samples]),
+        edited=torch.stack([sample.edited for sample in samples]),
+        tokens=torch.stack([sample.tokens for sample in samples]),
+        positions=torch.tensor([sample.position for sample in samples]),
+        weights=torch.tensor([sample.weight for sample in samples]),
+        errors=tuple(sample.error for sample in samples if sample.error is not None),
+    )
+
+
+def split_rows(
+    total: int, max_train_samples: int | None, held_out: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to hold out; the latter do not depend on max_train_samples.
+
+    Raises: UsageError: more rows are asked for than there are.
+    """
+    rows = total - held_out
+    if rows < 1:
+        raise UsageError(f"--held_out {held_out} leaves none of the dataset's {total} rows")
+    if max_train_samples is not None and max_train_samples > rows:
+        raise UsageError(
+            f"--max_train_samples {max_train_samples} is above the {rows} rows there are "
+            f"({total} in the dataset less --held_out {held_out}); leave it out to train on all"
+        )
+    order = permutation(seed, Purpose.ROWS, 0, total)
+    return order[:rows][:max_train_samples], order[rows:]
+
+
+def transform(
+    original: Image.Image, edited: Image.Image, section: DataConfig, draws: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """Resize of the short side, crop and mirror, the same for both images; nothing is squashed.
+
+    An edited image of another size is first stretched over the original's frame.
+
+    Args:
+        draws: uniform in [0, 1): size, row of the crop, column of the crop, mirror.
+
+    Returns: two [3, resolution, resolution] uint8.
+    """
+    size_draw, row_draw, column_draw, mirror_draw = draws
+    side = section.resolution
+    short = side + int(size_draw * ((section.max_resize or side) - side + 1))
+    width, height = (round(at * short / min(original.size)) for at in original.size)
+    if section.center_crop:
+        row_draw = column_draw = 0.5
+    left, top = int(column_draw * (width - side + 1)), int(row_draw * (height - side + 1))
+    mirror = section.random_flip and mirror_draw < 0.5
+
+    def cut(image: Image.Image) -> Tensor:
+        # The crop in the image's own pixels: this equals the crop of the whole, resized.
+        box = (
+            left * image.width / width,
+            top * image.height / height,
+            (left + side) * image.width / width,
+            (top + side) * image.height / height,
+        )
+        tile = image.resize((side, side), Image.Resampling[section.interpolation.upper()], box)
+        tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else tile
+        return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
+
+    return cut(original), cut(edited)
+
+
+class EditPairs(Dataset[PixelSample]):
+    """The samples of a run, by position; also the held-out rows, by row.
+
+    Args:
+        rows: what is read.
+        selection: [n] int64, the rows that are trained on.
+        global_batch: samples of one optimizer step, over all ranks and micro-steps.
+        tokenize: text to [length] int64.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        selection: Tensor,
+        section: DataConfig,
+        seed: int,
+        global_batch: int,
+        tokenize: Callable[[str], Tensor],
+    ) -> None:
+        self.steps_per_epoch = -(-len(selection) // global_batch)
+        self._rows, self._selection, self._section = rows, selection, section
+        self._seed, self._tokenize = seed, tokenize
+        self._slots = self.steps_per_epoch * global_batch
+        self._epoch, self._order = -1, torch.empty(0)  # the permutation of the current epoch
+
+    def __getitem__(self, position: int) -> PixelSample:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: list[int]) -> list[PixelSample]:
+        """A micro-batch at once: its draws then cost those of one sample."""
+        at = torch.tensor(positions)
+        pair = draw_uniform(self._seed, Purpose.PAIR, at)
+        size = draw_uniform(self._seed, Purpose.RESIZE, at)
+        place = draw_uniform(self._seed, Purpose.CROP, at, 2)
+        mirror = draw_uniform(self._seed, Purpose.FLIP, at)
+        draws = torch.cat([pair, size, place, mirror], dim=1).tolist()
+        return [self._at(position, *own) for position, own in zip(positions, draws, strict=True)]
+
+    def sample(self, row: int) -> PixelSample:
+        """A row that no draw changes: the first of its pairs, centre crop, no mirror."""
+        return self._read(row, row, 0.0, CENTRE)
+
+    def instruction(self, row: int) -> str:
+        """The text of `sample(row)`. Raises: BadSample."""
+        return self._rows.read(row, 0.0)[2]
+
+    def blank(self) -> PixelSample:
+        """A sample of weight 0, in the shapes of all others."""
+        return self._nothing(position=0)
+
+    def _at(self, position: int, pair_draw: float, *draws: float) -> PixelSample:
+        epoch, offset = divmod(position, self._slots)
+        if offset >= len(self._selection):
+            return self._nothing(position)
+        if epoch != self._epoch:
+            self._order = permutation(self._seed, Purpose.ORDER, epoch, len(self._selection))
+            self._epoch = epoch
+        row = int(self._selection[self._order[offset]])
+        return self._read(row, position, pair_draw, draws)
+
+    def _read(
+        self, row: int, position: int, pair_draw: float, draws: tuple[float, ...]
+    ) -> PixelSample:
+        try:
+            original, edited, prompt = self._rows.read(row, pair_draw)
+        except BadSample as error:
+            return self._nothing(position, str(error))
+        pair = transform(original, edited, self._section, draws)
+        return PixelSample(*pair, self._tokenize(prompt), position, weight=1.0)
+
+    def _nothing(self, position: int, error: str | None = None) -> PixelSample:
+        zeros = torch.zeros(3, self._section.resolution, self._section.resolution).byte()
+        return PixelSample(zeros, zeros, self._tokenize(""), position, weight=0.0, error=error)
+
+
+def positions_of(
+    step: int, micro_step: int, rank: int, ranks: int, micro_batch: int, micro_steps: int
+) -> range:
+    """Positions in the run of one rank's micro-batch."""
+    start = ((step * micro_steps + micro_step) * ranks + rank) * micro_batch
+    return range(start, start + micro_batch)
+
+
+class StepSampler(Sampler[list[int]]):
+    """One rank's micro-batches of optimizer steps `first_step` up to, not with, `last_step`.
+
+    One pass over the run, across epochs: workers live as long as it does, and a resume skips
+    nothing, it starts elsewhere.
+    """
+
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        rank: int,
+        ranks: int,
+        micro_batch: int,
+        micro_steps: int,
+    ) -> None:
+        self._steps, self._micro_steps = range(first_step, last_step), micro_steps
+        self._positions = partial(
+            positions_of, rank=rank, ranks=ranks, micro_batch=micro_batch, micro_steps=micro_steps
+        )
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._micro_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            for micro_step in range(self._micro_steps):
+                yield list(self._positions(step, micro_step))
+
+
+def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Tensor]:
+    """Text to [model_max_length] int64, padded or cut. Picklable."""
+    return partial(_tokenize, tokenizer)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+
+
+def make_loader(
+    pairs: EditPairs, sampler: StepSampler, workers: int, prefetch: int, pin_memory: bool
+) -> DataLoader[PixelSample]:
+    """Micro-batches in the sampler's order; the same whatever the number of workers.
+
+    Workers are spawned, not forked: a fork keeps CUDA's and NCCL's handles and whatever locks their
+    threads held, and after a killed rank it holds its GPU memory and ports. They import torch
+    anew, once, since they live as long as the run. PyTorch gives each one thread.
+
+    Args:
+        workers: processes; 0 reads in this one.
+        prefetch: micro-batches each worker keeps ready.
+    """
+    return DataLoader(
+        pairs,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=prefetch if workers else None,
+    )
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach the whole process group; the parent still wants data.
+
+    Workers end when the parent says so, or within seconds of its death.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,287 @@
+"""The trained pipeline as a folder that diffusers loads, its model card, and its way to the hub."""
+
+import copy
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
+    StableDiffusionInstructPix2PixPipeline,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor
+
+from .config import ModelConfig, OutputConfig
+from .errors import UsageError
+
+INDEX_FILE = "model_index.json"  # diffusers reads it first
+RAW_UNET = "unet_raw"
+PARTS = (
+    "unet",
+    RAW_UNET,
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+)
+STAGING = ".export.partial"
+CARD_FILE = "README.md"
+PICTURE_FILE = "edits.png"
+PUSHED = [  # all that ever leaves the machine: no checkpoint, log, run.toml or raw weights
+    INDEX_FILE,
+    CARD_FILE,
+    PICTURE_FILE,
+    *(f"{part}/*" for part in PARTS if part != RAW_UNET),
+]
+
+
+def load_safety(section: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The base pipeline's safety checker and its feature extractor; empty where it has none.
+
+    Raises: UsageError: the base names them, but they cannot be read.
+    """
+    base = str(section.pretrained_model_name_or_path)
+    if Path(base).is_dir() and not (Path(base) / "safety_checker").is_dir():
+        return {}
+    place: dict[str, Any] = {"revision": section.revision, "cache_dir": section.cache_dir}
+    try:
+        index: Any = DiffusionPipeline.load_config(base, **place)
+        if index.get("safety_checker", [None])[0] is None:
+            return {}
+        checker = StableDiffusionSafetyChecker.from_pretrained(
+            base, subfolder="safety_checker", variant=section.variant, dtype=dtype, **place
+        )
+        extractor = CLIPImageProcessor.from_pretrained(base, subfolder="feature_extractor", **place)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{base}: its safety checker cannot be read: {_line(error)}") from None
+    return {"safety_checker": checker, "feature_extractor": extractor}
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    unet: nn.Module,
+    components: Mapping[str, Any],
+    raw_weights: Mapping[str, Tensor] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Writes the whole editing pipeline into `folder`, beside whatever else is there.
+
+    It is written next door and renamed part by part, model_index.json last: who loads the folder
+    finds a whole pipeline or none. The modules given are left as they are.
+
+    Args:
+        unet: what `unet/` will hold: the averages where there are any; 8 input channels.
+        components: vae, text_encoder, tokenizer, scheduler and, where the base pipeline has them,
+            safety_checker and feature_extractor.
+        raw_weights: of the UNet when `unet` holds averages, by name; kept in `unet_raw/`.
+        dtype: of every weight on disk.
+
+    Raises: UsageError: the folder cannot be written.
+    """
+    staging = folder / STAGING
+    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, **components}
+    for name in ("text_encoder", "safety_checker"):
+        if parts[name] is not None:
+            parts[name] = copy.deepcopy(parts[name]).to(
+                "cpu", dtype, memory_format=torch.contiguous_format
+            )
+    parts["vae"] = _in_dtype(parts["vae"], parts["vae"].state_dict(), dtype)
+    parts["unet"] = _in_dtype(unet, unet.state_dict(), dtype)
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        **parts, requires_safety_checker=parts["safety_checker"] is not None
+    )
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        pipeline.save_pretrained(staging)
+        if raw_weights is not None:
+            _in_dtype(unet, raw_weights, dtype).save_pretrained(staging / RAW_UNET)
+        _move_into_place(staging, folder)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder}: the pipeline cannot be written: {_line(error)}") from None
+
+
+def _in_dtype(module: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """A diffusers model on the CPU with the configuration of `module` and these weights."""
+    public = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        made = type(module).from_config(public)
+    cast = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+    made.load_state_dict(cast, assign=True)
+    return made
+
+
+def _move_into_place(staging: Path, folder: Path) -> None:
+    (folder / INDEX_FILE).unlink(missing_ok=True)
+    for part in PARTS:
+        if (folder / part).exists():
+            (folder / part).rename(staging / f"old_{part}")
+        if (staging / part).exists():
+            (staging / part).rename(folder / part)
+    os.replace(staging / INDEX_FILE, folder / INDEX_FILE)
+    shutil.rmtree(staging)
+
+
+def model_card(
+    folder: Path,
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    base: str,
+    dataset: str,
+    versions: Mapping[str, str],
+    steps: int,
+    picture: Path | None,
+    metrics: Mapping[str, float],
+) -> None:
+    """Writes README.md, the hub's model card, and the picture it shows.
+
+    Args:
+        command: what was typed; secrets in it are masked.
+        base, dataset: hub names, or local folders, of which the card tells the last name alone.
+        picture: PNG of edits; copied.
+    """
+    local_base, local_dataset = Path(base).exists(), Path(dataset).exists()
+    about = ModelCardData(
+        base_model=None if local_base else base,
+        datasets=None if local_dataset else [dataset],
+        license="other",
+        license_name="license-of-the-base-model",
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["stable-diffusion", "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
+    )
+    if picture is not None:
+        shutil.copyfile(picture, folder / PICTURE_FILE)
+    base, dataset = (Path(n).resolve().name if Path(n).exists() else n for n in (base, dataset))
+    card = CARD.format(
+        about=about.to_yaml(),
+        name=folder.resolve().name,
+        base=base,
+        dataset=dataset,
+        steps=steps,
+        picture=f"![Edits: input, edit, truth]({PICTURE_FILE})\n\n" if picture else "",
+        metrics=_table("held-out set", metrics) if metrics else "",
+        command=without_secrets(command),
+        versions=_table("package", versions),
+        settings=_table("setting", settings),
+    )
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+CARD = """\
+---
+{about}
+---
+# {name}
+
+Edits images from instructions: {base}, trained as InstructPix2Pix on {dataset} for {steps} steps.
+
+{picture}## Use
+
+```python
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.utils import load_image
+
+model = "{name}"  # this folder, or its name on the hub
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model).to("cuda")
+image = load_image("input.png")
+edited = pipeline(
+    "turn it into a painting",
+    image=image,
+    num_inference_steps=20,
+    image_guidance_scale=1.5,
+    guidance_scale=10,
+    generator=torch.Generator("cuda").manual_seed(0),
+).images[0]
+edited.save("edited.png")
+```
+
+{metrics}## Training
+
+```bash
+{command}
+```
+
+{versions}<details><summary>All settings</summary>
+
+{settings}</details>
+
+The weights carry the licence of the model they were trained from, and its limits of use.
+"""
+
+
+def _table(heading: str, values: Mapping[str, Any]) -> str:
+    rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+    return f"| {heading} | |\n|-|-|\n{rows}\n"
+
+
+def without_secrets(command: str) -> str:
+    """The command with a hub token, as a flag's value or anywhere else, masked."""
+    command = re.sub(r"(--\S*hub[-_]token(?:\s+|=))('[^']*'|\"[^\"]*\"|\S+)", r"\1***", command)
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", command)
+
+
+def check_push(section: OutputConfig) -> str:
+    """Makes the repository on the hub, if it is not there, and returns its full name.
+
+    Raises: UsageError: no token, one that cannot write, a bad name, or no network.
+    """
+    api = HfApi(token=section.hub_token)
+    try:
+        token_kind = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+        if token_kind == "read":
+            raise ValueError("the token can only read; make one that can write")
+        return api.create_repo(_repository(section), exist_ok=True).repo_id
+    except (HTTPError, OSError, ValueError) as error:
+        raise _cannot_push(section, error) from None
+
+
+def push(section: OutputConfig, message: str) -> str:
+    """Sends the exported pipeline, its card and picture, and returns their address.
+
+    Raises: UsageError: the hub refuses, or cannot be reached.
+    """
+    api = HfApi(token=section.hub_token)
+    try:
+        repository = api.create_repo(_repository(section), exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=section.output_dir,
+            allow_patterns=PUSHED,
+            commit_message=message,
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise _cannot_push(section, error) from None
+    return str(repository)
+
+
+def _repository(section: OutputConfig) -> str:
+    return section.hub_model_id or Path(section.output_dir).resolve().name
+
+
+def _cannot_push(section: OutputConfig, error: Exception) -> UsageError:
+    reason = _line(error)
+    if section.hub_token:
+        reason = reason.replace(section.hub_token, "***")
+    return UsageError(
+        f"--push_to_hub {_repository(section)}: {reason}; log in with `hf auth login`, or give "
+        "--hub_token and --hub_model_id"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

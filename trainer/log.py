@@ -1,0 +1,186 @@
+"""The run's log: log.jsonl always, the trackers asked for, and a progress line."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .trackers import open_tracker
+
+LOG_FILE = "log.jsonl"
+IDENTITIES_FILE = "trackers.json"  # what each tracker calls this run, to go on with it
+
+
+class RunLog:
+    """Rank 0's log. Other ranks take `RunLog.silent()`, which has the same methods."""
+
+    def __init__(
+        self,
+        folder: Path,
+        logging_dir: str,
+        trackers: tuple[str, ...],
+        settings: dict[str, Any],
+        run_name: str,
+        total_steps: int,
+        first_step: int,
+    ):
+        """Starts the log, or goes on with one.
+
+        Args:
+            folder: the run's output folder; made if missing.
+            logging_dir: folder inside it for the trackers' files.
+            trackers: names, checked before by `check_trackers`.
+            settings: shown by trackers as the configuration; holds no secret.
+            first_step: optimizer steps done before. Lines of later steps are dropped: they were
+                written by a run that was killed after its last checkpoint.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_lines_after(folder / LOG_FILE, first_step)
+        self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
+        identities = folder / IDENTITIES_FILE
+        known = json.loads(identities.read_text()) if first_step and identities.exists() else {}
+        self._trackers = {
+            name: open_tracker(
+                name,
+                folder=folder / logging_dir,
+                settings=settings,
+                run_name=run_name,
+                first_step=first_step,
+                identity=known.get(name),
+            )
+            for name in trackers
+        }
+        known.update({name: tracker.identity for name, tracker in self._trackers.items()})
+        _write_whole(identities, json.dumps(known))
+        self._progress = Progress(total_steps, first_step)
+
+    @staticmethod
+    def silent() -> "RunLog":
+        """A log that writes nothing."""
+        return _SilentLog()
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line of log.jsonl and sends the values to the trackers.
+
+        In log.jsonl a value that is not finite is null, for JSON has no other.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step, "time": round(time.time(), 3), **finite}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for tracker in self._trackers.values():
+            tracker.scalars(step, values)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        """Shows how far the run is, with these values, in the terminal or as a line of text."""
+        self._progress.show(step, values)
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        """Sends a picture to the trackers; files on disk are the caller's."""
+        for tracker in self._trackers.values():
+            tracker.image(step, name, image, caption)
+
+    def note(self, text: str) -> None:
+        """Prints a line above the progress line."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the progress line, the trackers' runs and the file."""
+        self._progress.close()
+        for tracker in self._trackers.values():
+            tracker.close()
+        self._file.close()
+
+
+class _SilentLog(RunLog):
+    def __init__(self):
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Progress:
+    """A live bar where stderr is a terminal, else one plain line at each call."""
+
+    def __init__(self, total_steps: int, first_step: int):
+        self._total_steps = total_steps
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.1)
+        self._timed_from: tuple[int, float] | None = None  # step, seconds
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        else:
+            left = f"  {self._time_left(step)}"
+            print(f"step {step}/{self._total_steps}  {text}{left}".rstrip(), file=sys.stderr)
+
+    def _time_left(self, step: int) -> str:
+        """From the speed since the first call: what came before it was start-up and compiling."""
+        now = time.monotonic()
+        if self._timed_from is None or step <= self._timed_from[0]:
+            self._timed_from = step, now
+            return ""
+        seconds_a_step = (now - self._timed_from[1]) / (step - self._timed_from[0])
+        return f"left {tqdm.format_interval((self._total_steps - step) * seconds_a_step)}"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Rewrites a log without the lines of later steps and without a torn last line.
+
+    At step 0 nothing is kept: the run begins anew.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line_step = json.loads(line)["step"]
+        except json.JSONDecodeError:
+            continue
+        if line_step <= step and step > 0:
+            kept.append(line + "\n")
+    _write_whole(path, "".join(kept))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory used so far, in GiB: allocated on a GPU, resident in this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS: bytes, Linux: KiB

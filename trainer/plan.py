@@ -1,0 +1,198 @@
+"""What a run will do, found out and checked before any weights are read."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from . import checkpoint
+from .config import RunConfig, difference, flat, from_toml, to_toml
+from .data import split_rows
+from .errors import UsageError
+from .optim import check_8bit
+from .pretrained import Described, check_resolution, describe
+from .rows import Rows, open_rows
+from .sample import open_image
+from .trackers import check_trackers
+from .world import World
+
+RUN_FILE = "run.toml"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run whose flags, data, model folder and output folder fit together."""
+
+    config: RunConfig  # with every default that depends on the machine filled in
+    described: Described
+    rows: Rows
+    train_rows: Tensor  # [n] int64
+    held_out_rows: Tensor  # [m] int64
+    global_batch: int  # samples in one optimizer step
+    steps_per_epoch: int
+    total_steps: int
+    resume: Path | None  # the checkpoint to go on from
+    validation_image: Image.Image | None  # --val_image_url, as training would see it
+    notes: tuple[str, ...]  # for the user to read once
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output.output_dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoders, and of the UNet's products under autocast."""
+        return DTYPES[self.config.precision.mixed_precision or "no"]
+
+    def lines(self, world: World) -> list[str]:
+        """The plan in words."""
+        loop, data = self.config.loop, self.config.data
+        source = data.dataset_name or data.train_data_dir
+        return [
+            f"model      {self.config.model.pretrained_model_name_or_path}, "
+            f"{self.described.unet['in_channels']} input channels",
+            f"data       {source}: {len(self.train_rows)} rows to train on, "
+            f"{len(self.held_out_rows)} held out, {data.resolution} px",
+            f"step       {self.global_batch} samples = {loop.train_batch_size} x "
+            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks",
+            f"length     {self.total_steps} steps, {self.steps_per_epoch} an epoch",
+            f"precision  {self.config.precision.mixed_precision} on {world.device.type}",
+            f"output     {self.output}"
+            + (f", going on from {self.resume.name}" if self.resume else ""),
+        ]
+
+
+def make_plan(config: RunConfig, world: World) -> Plan:
+    """Checks everything that can be known before weights load.
+
+    Raises: UsageError: something does not fit; the message names the flag and the cure.
+    """
+    config.check_complete()
+    config = _with_machine_defaults(config, world)
+    notes = _notes(config)
+    check_trackers(config.output.trackers)
+    if config.optim.use_8bit_adam:
+        check_8bit(world.device.type)
+    global_batch = config.loop.global_batch(world.size)
+    resume, passed_over = _find_checkpoint(config, global_batch)
+
+    described = describe(config.model)
+    check_resolution(config.data.resolution, described)
+    rows = open_rows(config.data, config.model.cache_dir)
+    train_rows, held_out_rows = split_rows(
+        len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
+    )
+    validation_image = None
+    if config.validation.val_image_url is not None:
+        image = open_image(config.validation.val_image_url)
+        side = config.data.resolution
+        validation_image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+    steps_per_epoch = -(-len(train_rows) // global_batch)
+    return Plan(
+        config=config,
+        described=described,
+        rows=rows,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        global_batch=global_batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch,
+        resume=resume,
+        validation_image=validation_image,
+        notes=(*notes, *passed_over),
+    )
+
+
+def claim_output(plan: Plan) -> None:
+    """Writes run.toml; after --overwrite, removes the run that was there. Rank 0 alone calls it."""
+    if plan.config.output.overwrite:
+        checkpoint.delete_all(plan.output)
+        (plan.output / "log.jsonl").unlink(missing_ok=True)
+    checkpoint.clean(plan.output)
+    checkpoint.write_text(plan.output / RUN_FILE, to_toml(plan.config))
+
+
+def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
+    precision = config.precision.mixed_precision
+    on_gpu = world.device.type == "cuda"
+    if precision is None:
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    if precision == "fp16" and not on_gpu:
+        raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
+    return dataclasses.replace(
+        config, precision=dataclasses.replace(config.precision, mixed_precision=precision)
+    )
+
+
+def _notes(config: RunConfig) -> list[str]:
+    notes = []
+    if config.precision.enable_xformers_memory_efficient_attention:
+        notes.append(
+            "--enable_xformers_memory_efficient_attention: not needed, PyTorch's own "
+            "memory-efficient attention (SDPA) is always on"
+        )
+    if config.model.non_ema_revision is not None:
+        notes.append(
+            "--non_ema_revision is deprecated: it is taken as the UNet's --revision; "
+            "--variant non_ema is today's way"
+        )
+    if config.conditioning.rates == (0.0, 0.0, 0.0):
+        notes.append(
+            "no --conditioning_dropout_prob: the model will not learn guidance; the paper has 0.05"
+        )
+    return notes
+
+
+def _find_checkpoint(config: RunConfig, global_batch: int) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, if any, after checking that it is of this same run."""
+    output, asked = Path(config.output.output_dir), config.output.resume_from_checkpoint
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output_dir {output} is a file; give a folder")
+    if config.output.overwrite:
+        if asked is not None:
+            raise UsageError("--overwrite starts anew: leave out --resume_from_checkpoint")
+        return None, []
+    if (output / RUN_FILE).exists():
+        _check_same_run(config, flat(from_toml(output / RUN_FILE)), output)
+
+    if asked is None or asked == "latest":
+        found, passed_over = checkpoint.newest(output)
+        if found is None and asked == "latest":
+            passed_over.append(f"no whole checkpoint in {output}: starting from step 0")
+    else:
+        found, passed_over = _named_checkpoint(output, asked), []
+    if found is not None:
+        state = checkpoint.read_state(found)
+        _check_same_run(config, state["settings"], found)
+        if state["global_batch"] != global_batch:
+            raise UsageError(
+                f"{found} was trained with {state['global_batch']} samples a step, this command "
+                f"makes {global_batch}: change --train_batch_size or --gradient_accumulation_steps "
+                "so that batch x micro-steps x ranks stays the same, or --overwrite"
+            )
+    return found, passed_over
+
+
+def _named_checkpoint(output: Path, asked: str) -> Path:
+    """The whole checkpoint that is named, by path or by its name in --output_dir."""
+    inside = output / asked
+    folder = inside if inside.is_dir() and not Path(asked).is_dir() else Path(asked)
+    checkpoint.check(folder)
+    return folder
+
+
+def _check_same_run(config: RunConfig, old: dict, where: Path) -> None:
+    new = flat(config)
+    differing = difference(old, new)
+    if differing:
+        told = "; ".join(
+            f"--{name.split('.')[1]} was {old.get(name)}, now {new[name]}" for name in differing
+        )
+        raise UsageError(
+            f"{where} holds another run: {told}. Give the same flags to go on, another "
+            "--output_dir, or --overwrite to start anew"
+        )

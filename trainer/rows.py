@@ -1,0 +1,333 @@
+"""Where edit pairs come from: a folder in one of four layouts, or a dataset on the hub.
+
+A row is one pair and its instruction. Images are decoded here and not by `datasets`, so that one
+unreadable image is one bad row, told by its name.
+"""
+
+import io
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .config import DataConfig
+from .errors import UsageError
+
+Found = TypeVar("Found")
+
+METADATA_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # builder of `datasets`, its options
+    "metadata.jsonl": ("json", {}),
+    "metadata.csv": ("csv", {"keep_default_na": False}),  # "None" or "" is an instruction too
+    "metadata.parquet": ("parquet", {}),
+}
+LEAVES_FOLDER = r"^/|(^|/)\.\.(/|$)"  # a path that is absolute or climbs
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"  # name or owner/name
+DECODE_ERRORS = (  # what Pillow raises for broken files
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class BadSample(Exception):
+    """A row that cannot be trained on: its name, and the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+def load_image(source: bytes | Path) -> Image.Image:
+    """A whole image as 8-bit RGB, turned upright as its EXIF says; transparency is dropped.
+
+    Grey of 16 bits is scaled, not clipped; grey of floats is taken as 0 to 1.
+
+    Raises: ValueError: missing, not an image, truncated, or its values are out of range.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError("it is no image, or of a kind that Pillow does not read") from None
+    except DECODE_ERRORS as error:
+        raise ValueError(f"it cannot be decoded: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (modes I and I;16) or of floats (F) as mode L; other modes as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    white = 1.0 if image.mode == "F" else 65535.0
+    values = np.asarray(image, dtype=np.float64) / white
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"grey of mode {image.mode} with values outside 0 to {white:g}")
+    return Image.fromarray((values * 255).round().astype(np.uint8))
+
+
+class Rows(Protocol):
+    """The pairs of a dataset, by row number. Picklable, for the workers of a loader."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """The row in messages, for instance "row 17 (images/0017.png)"."""
+        ...
+
+    def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
+        """Original, edited, instruction; both images RGB and upright.
+
+        Args:
+            draw: uniform in [0, 1), chooses where a row has several pairs.
+
+        Raises: BadSample: an image is missing, truncated or unreadable, or the instruction is.
+        """
+        ...
+
+
+class TableRows:
+    """Rows of a `datasets` table, whose images are bytes or files, or paths inside a folder."""
+
+    def __init__(
+        self, table: datasets.Dataset, section: DataConfig, where: str, folder: Path | None
+    ) -> None:
+        if len(table) == 0:
+            raise UsageError(f"{where} has no rows in --dataset_split {section.dataset_split}")
+        self._folder = folder or Path()  # of what came from the hub, paths are absolute
+        self._original = _image_column(table, section, "original_image_column", where, folder)
+        self._edited = _image_column(table, section, "edited_image_column", where, folder)
+        self._prompt = _column(table, section, "edit_prompt_column", where)
+        table = table.with_format(None)
+        table = table.select_columns([*{self._original, self._edited, self._prompt}])
+        for column in (self._original, self._edited):
+            if not _holds_text(table, column):
+                table = table.cast_column(column, datasets.Image(decode=False))
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, row: int) -> str:
+        _, path = _bytes_and_path(self._table[row][self._original])
+        return self._name(row, path)
+
+    def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
+        record = self._table[row]
+        original = self._image(row, record, self._original)
+        edited = self._image(row, record, self._edited)
+        prompt = record[self._prompt]
+        if not isinstance(prompt, str):
+            raise BadSample(self.name(row), f"{self._prompt} is {prompt!r}, not text")
+        return original, edited, prompt
+
+    def _name(self, row: int, path: str | None) -> str:
+        if path is None:
+            return f"row {row}"
+        inside = Path(path).is_relative_to(self._folder)
+        return f"row {row} ({Path(path).relative_to(self._folder) if inside else path})"
+
+    def _image(self, row: int, record: dict[str, Any], column: str) -> Image.Image:
+        encoded, path = _bytes_and_path(record[column])
+        if encoded is None and path is None:
+            raise BadSample(self.name(row), f"{column} is empty")
+        try:
+            return load_image(self._folder / cast(str, path) if encoded is None else encoded)
+        except ValueError as error:
+            raise BadSample(self._name(row, path), f"{column}: {error}") from error
+
+
+def _bytes_and_path(value: str | dict[str, Any] | None) -> tuple[bytes | None, str | None]:
+    if isinstance(value, dict):
+        return value["bytes"], value["path"]
+    return None, value
+
+
+def _column(table: datasets.Dataset, section: DataConfig, flag: str, where: str) -> str:
+    column = getattr(section, flag)
+    if column not in table.column_names:
+        there = ", ".join(table.column_names)
+        raise UsageError(f"{where} has no column {column}, set --{flag}; there: {there}")
+    return column
+
+
+def _image_column(
+    table: datasets.Dataset, section: DataConfig, flag: str, where: str, folder: Path | None
+) -> str:
+    """The column that the flag names, or of its file names, once it is known to hold images."""
+    column = f"{getattr(section, flag)}_file_name"
+    if column not in table.column_names:
+        column = _column(table, section, flag, where)
+    kind = table.features[column]
+    if _holds_text(table, column) and folder is not None:
+        for row, path in enumerate(table.data.column(column).to_pylist()):
+            if path is not None and re.search(LEAVES_FOLDER, path):
+                raise UsageError(
+                    f"{where}: {column} of row {row} leaves the folder: {path}; "
+                    f"make its paths relative to {folder}"
+                )
+    elif not isinstance(kind, datasets.Image) and not (isinstance(kind, dict) and "bytes" in kind):
+        raise UsageError(f"{where}: column {column} (--{flag}) holds {kind}, not images")
+    return column
+
+
+def _holds_text(table: datasets.Dataset, column: str) -> bool:
+    return getattr(table.features[column], "dtype", None) in ("string", "large_string")
+
+
+class PaperRows:
+    """The paper's layout: a row is a prompt, and each visit takes one of its seeds.
+
+    seeds.json is [[name, [seed, ...]], ...]; {name}/{seed}_0.jpg is the image before the edit and
+    {seed}_1.jpg after it; {name}/prompt.json has the instruction under "edit".
+
+    Source: timothybrooks/instruct-pix2pix, edit_dataset.py.
+    """
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self._folder = folder
+        try:
+            entries = json.loads((folder / "seeds.json").read_bytes())
+            names = [name for name, _ in entries]
+            seeds = [[str(seed) for seed in its_seeds] for _, its_seeds in entries]
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"{where}: seeds.json must be [[name, [seed, ...]], ...]: {error}"
+            ) from None
+        if not entries:
+            raise UsageError(f"{where} has no rows in seeds.json")
+        for row, (name, its_seeds) in enumerate(zip(names, seeds, strict=True)):
+            if not isinstance(name, str) or not its_seeds:
+                raise UsageError(f"{where}: seeds.json: row {row} lacks a name or its seeds")
+            if any(re.search(LEAVES_FOLDER, part) for part in (name, *its_seeds)):
+                raise UsageError(f"{where}: seeds.json: row {row} leaves the folder: {name}")
+        # Flat arrays: a million small Python strings would cost each worker 100 MB.
+        self._names = np.array(names)
+        self._seeds = np.array([seed for its_seeds in seeds for seed in its_seeds])
+        self._starts = np.cumsum([0, *map(len, seeds)])  # row r: seeds[starts[r] : starts[r + 1]]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, row: int) -> str:
+        return f"row {row} ({self._names[row]})"
+
+    def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
+        start, end = self._starts[row : row + 2]
+        seed = self._seeds[start + int(draw * (end - start))]
+        try:
+            described = (self._folder / self._names[row] / "prompt.json").read_bytes()
+            prompt = json.loads(described)["edit"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise BadSample(self.name(row), f'prompt.json gives no "edit": {error!r}') from error
+        if not isinstance(prompt, str):
+            raise BadSample(self.name(row), f'"edit" in prompt.json is {prompt!r}, not text')
+        return self._image(row, f"{seed}_0.jpg"), self._image(row, f"{seed}_1.jpg"), prompt
+
+    def _image(self, row: int, file: str) -> Image.Image:
+        path = f"{self._names[row]}/{file}"
+        try:
+            return load_image(self._folder / path)
+        except ValueError as error:
+            raise BadSample(f"row {row} ({path})", str(error)) from error
+
+
+def open_rows(section: DataConfig, cache_dir: str | None = None) -> Rows:
+    """The rows of --dataset_name, else of --train_data_dir. No image is read yet.
+
+    A folder is, by what is in it: the paper's layout, `save_to_disk`, images with a metadata file,
+    or anything else that `datasets.load_dataset` takes (parquet, arrow). A name is one on the hub.
+
+    Args:
+        cache_dir: where `datasets` keeps downloads and its Arrow files.
+
+    Raises: UsageError: no such dataset, split or column; no rows; a broken index; a path that
+        leaves the folder.
+    """
+    source = section.train_data_dir if section.dataset_name is None else section.dataset_name
+    if source is None:
+        raise UsageError("--dataset_name or --train_data_dir is missing")
+    flag = "train_data_dir" if section.dataset_name is None else "dataset_name"
+    where = f"--{flag} {source}"
+    folder = Path(source).expanduser()
+    whole = {"name": section.dataset_config_name, "split": section.dataset_split}
+
+    if not folder.is_dir():
+        if flag == "train_data_dir" or folder.exists() or not re.fullmatch(HUB_NAME, source):
+            raise UsageError(f"{where} is not a folder")
+        where += " (not a folder here)"
+        return TableRows(_load(where, cache_dir, source, **whole), section, where, None)
+
+    if (folder / "seeds.json").is_file():
+        return PaperRows(_split({"train": folder}, section, where), where)
+
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        with _blamed_on(where):
+            saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        return TableRows(_split(splits, section, where), section, where, folder)
+
+    if indexes := _indexes(folder):
+        index = _split(indexes, section, where)
+        reader, options = METADATA_READERS[index.name]
+        options = {"data_files": str(index), "split": "train", **options}
+        table = _load(f"{where}, {index.name}", cache_dir, reader, **options)
+        return TableRows(table, section, where, index.parent)
+
+    return TableRows(_load(where, cache_dir, str(folder), **whole), section, where, folder)
+
+
+def _split(splits: Mapping[Any, Found], section: DataConfig, where: str) -> Found:
+    if section.dataset_split not in splits:
+        there = ", ".join(map(str, splits))
+        raise UsageError(f"{where} has no --dataset_split {section.dataset_split}; there: {there}")
+    return splits[section.dataset_split]
+
+
+def _indexes(folder: Path) -> dict[str, Path]:
+    """{split: metadata file}: the folder's own is "train", otherwise subfolders are splits."""
+    places = {"train": folder} if _index(folder) else {at.name: at for at in folder.iterdir()}
+    return {split: index for split, place in places.items() if (index := _index(place))}
+
+
+def _index(folder: Path) -> Path | None:
+    files = (folder / name for name in METADATA_READERS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _load(where: str, cache_dir: str | None, path: str, **options: Any) -> datasets.Dataset:
+    with _blamed_on(where):
+        table = datasets.load_dataset(path, cache_dir=cache_dir, **options)
+    return cast(datasets.Dataset, table)
+
+
+@contextmanager
+def _blamed_on(where: str) -> Iterator[None]:
+    """What `datasets` raises for a network, a split or a broken file is told as the user's."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = str(cause or error).strip().partition("\n")[0]
+        raise UsageError(f"{where}: {reason}") from error
+    except (IndexError, StopIteration) as error:  # an empty saved table, an empty metadata.jsonl
+        raise UsageError(f"{where} has no rows") from error

@@ -1,0 +1,215 @@
+"""Edits made with two-scale guidance, and the sheets that show them.
+
+Source of the guidance: Brooks et al. 2023, equation 3, as diffusers' pipeline computes it.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
+    StableDiffusionInstructPix2PixPipeline,
+)
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from .errors import UsageError
+from .rows import load_image
+
+DOWNLOAD_SECONDS = 30  # without an answer
+DOWNLOAD_BYTES = 64 * 2**20  # the largest image fetched
+
+
+def build_pipeline(
+    unet, vae, text_encoder, tokenizer, scheduler
+) -> StableDiffusionInstructPix2PixPipeline:
+    """The editing pipeline over modules in memory; none is copied or cast. No safety checker."""
+    missing: Any = None  # diffusers takes None, whatever its types say
+    pipeline = StableDiffusionInstructPix2PixPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=missing,
+        feature_extractor=missing,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def edit_images(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    images: Sequence[Image.Image],
+    instructions: Sequence[str],
+    latents_noise: Tensor,
+    *,
+    steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+) -> list[Image.Image]:
+    """Edits each image by its instruction: a function of the arguments, no generator is touched.
+
+    Modules of several dtypes (in training an fp32 UNet with half-precision encoders) run under
+    autocast.
+
+    Args:
+        images: of any size; scaled to cover the size of the noise, the overhang cut off.
+        latents_noise: [n, 4, height / f, width / f] standard normals, f the VAE's factor.
+        guidance_scale: of the instruction; at 1 or less there is no guidance of either kind.
+        image_guidance_scale: of the image; 1 or more.
+    Returns: n images of height x width.
+    Raises: UsageError: an image guidance below 1, at which the pipeline would drop all guidance.
+    """
+    if guidance_scale > 1 and image_guidance_scale < 1:
+        raise UsageError(f"image_guidance_scale must be 1 or more, got {image_guidance_scale}")
+    height, width = (side * pipeline.vae_scale_factor for side in latents_noise.shape[-2:])
+    fitted = [
+        ImageOps.fit(i.convert("RGB"), (width, height), Image.Resampling.LANCZOS) for i in images
+    ]
+    # Samplers that draw noise on the way (DDPM, Euler ancestral) get it from the picture's own.
+    seeds = latents_noise.to(torch.float32).cpu().flatten(1)[:, 0].view(torch.int32).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    modules = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    narrowest = min((module.dtype for module in modules), key=lambda dtype: dtype.itemsize)
+    mixed = any(module.dtype != narrowest for module in modules)
+    device = pipeline.unet.device
+    with torch.autocast(device.type, narrowest) if mixed else nullcontext():
+        return pipeline(
+            list(instructions),
+            image=fitted,
+            latents=latents_noise.to(device, pipeline.unet.dtype),
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            return_dict=False,
+        )[0]
+
+
+def nearest_size(
+    size: tuple[int, int], factor: int, long_side: int | None = None
+) -> tuple[int, int]:
+    """Width and height as multiples of the VAE's factor, no side above `long_side` pixels."""
+    longest = max(size)
+    limit = longest if long_side is None else max(long_side // factor, 1) * factor
+    scale = min(1.0, limit / longest)
+    width, height = (max(round(side * scale / factor), 1) * factor for side in size)
+    return width, height
+
+
+def open_image(source: str) -> Image.Image:
+    """The RGB image at a path or an http(s) URL.
+
+    Raises: UsageError: nothing there, not an image, another protocol, more than DOWNLOAD_BYTES.
+    """
+    try:
+        return load_image(_fetched(source) if "://" in source else Path(source))
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
+
+
+def _fetched(address: str) -> bytes:
+    if not address.lower().startswith(("http://", "https://")):
+        raise ValueError("only http and https addresses are fetched")
+    # Some servers, Wikipedia's among them, answer no client without a name.
+    request = Request(address, headers={"User-Agent": "fusedit"})
+    try:
+        with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            data = response.read(DOWNLOAD_BYTES + 1)
+    except (OSError, HTTPException) as error:
+        raise ValueError(f"cannot be fetched: {error}") from None
+    if len(data) > DOWNLOAD_BYTES:
+        raise ValueError(f"larger than {DOWNLOAD_BYTES >> 20} MiB")
+    return data
+
+
+TILE_LEAST = 128  # pixels of a tile's short side; smaller images are scaled up
+TILE_MOST = 512  # pixels of a tile's long side
+GAP = 8
+MARGIN = 24
+TEXT_SIZE = 15
+LINE_HEIGHT = 20
+CAPTION_LINES = 3
+INK, FAINT, PAPER = "#1c1c1c", "#6b6b6b", "#ffffff"
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[str],
+    headings: Sequence[str],
+) -> Image.Image:
+    """A sheet of pictures: one column a heading, under each row its caption.
+
+    Many rows stand in several groups of columns side by side, so that the sheet is no tower.
+
+    Args:
+        rows: as many images each as there are headings; None leaves its place empty.
+    """
+    tiles = [[image and _tile(image) for image in row] for row in rows]
+    present = [tile for row in tiles for tile in row if tile]
+    tile_width = max(tile.width for tile in present)
+    tile_height = max(tile.height for tile in present)
+    font = ImageFont.load_default(TEXT_SIZE)
+    group_width = len(headings) * (tile_width + GAP) - GAP
+    texts = [_wrapped(caption, font, group_width) for caption in captions]
+    row_height = tile_height + max(map(len, texts)) * LINE_HEIGHT + MARGIN
+    groups = 1
+    while -(-len(rows) // groups) * row_height > groups * (group_width + MARGIN) * 1.5:
+        groups += 1
+    rows_each = -(-len(rows) // groups)
+    groups = -(-len(rows) // rows_each)
+
+    size = (
+        groups * (group_width + MARGIN) + MARGIN,
+        LINE_HEIGHT + rows_each * row_height + MARGIN,
+    )
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for group in range(groups):
+        for column, heading in enumerate(headings):
+            left = MARGIN + group * (group_width + MARGIN) + column * (tile_width + GAP)
+            centre = left + tile_width // 2, MARGIN // 2 + LINE_HEIGHT // 2
+            draw.text(centre, heading, FAINT, font, anchor="mm")
+    for index, (row, lines) in enumerate(zip(tiles, texts, strict=True)):
+        group, place = divmod(index, rows_each)
+        left = MARGIN + group * (group_width + MARGIN)
+        top = MARGIN // 2 + LINE_HEIGHT + GAP // 2 + place * row_height
+        for column, tile in enumerate(row):
+            if tile:
+                sheet.paste(tile, (left + column * (tile_width + GAP), top))
+        for line, text in enumerate(lines):
+            draw.text((left, top + tile_height + GAP // 2 + line * LINE_HEIGHT), text, INK, font)
+    return sheet
+
+
+def _tile(image: Image.Image) -> Image.Image:
+    scale = max(1.0, TILE_LEAST / min(image.size))
+    scale = min(scale, TILE_MOST / max(image.size))
+    width, height = (max(round(side * scale), 1) for side in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    """The text in at most CAPTION_LINES lines of `width` pixels; the rest becomes dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > CAPTION_LINES:
+        lines = lines[:CAPTION_LINES]
+        lines[-1] += " ..."
+    for index, line in enumerate(lines):
+        while font.getlength(line) > width:  # a word wider than the sheet, or the ellipsis
+            line = line.removesuffix(" ...")[:-1] + " ..."
+        lines[index] = line
+    return lines

@@ -1,0 +1,214 @@
+"""What is looked at during training: pictures, and the held-out loss by condition.
+
+All ranks share the work. Draws have purposes of their own and are keyed by row, so validation
+changes nothing in training and shows the same noise every time.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+from torch import Tensor
+
+from .config import ValidationConfig
+from .data import EditPairs, collate
+from .draws import Purpose, draw_normal
+from .ema import Ema
+from .encoders import Encoders
+from .log import RunLog
+from .loss import HELD_OUT, EditLoss
+from .sample import edit_images, grid
+from .world import World
+
+# What the UNet is given: (text is dropped, image is dropped). Guidance is being learned while the
+# four losses part.
+CONDITIONS = {
+    "full": (False, False),
+    "no_text": (True, False),
+    "no_image": (False, True),
+    "neither": (True, True),
+}
+
+
+class Picture(NamedTuple):
+    """One edit to be shown."""
+
+    original: Image.Image  # resolution x resolution
+    instruction: str
+    truth: Image.Image | None
+    noise_position: int  # which fixed noise it starts from
+
+
+HELD_OUT_PICTURES = 8  # held-out rows that are shown
+BATCH = 8  # pictures sampled, or rows whose loss is taken, at once
+
+
+class Validator:
+    """Shows what the run can do, every so many steps, on all ranks together.
+
+    Args:
+        pipeline: the editing pipeline around the UNet in training.
+        pairs: the held-out rows are taken from.
+        rows: the held-out rows.
+        image: to edit by --validation_prompt, resolution x resolution, or None.
+        every: optimizer steps between two validations.
+        folder: where grids are written, step-000500.png.
+    """
+
+    def __init__(
+        self,
+        section: ValidationConfig,
+        pipeline: StableDiffusionInstructPix2PixPipeline,
+        encoders: Encoders,
+        loss_fn: EditLoss,
+        pairs: EditPairs,
+        rows: Sequence[int],
+        image: Image.Image | None,
+        every: int,
+        folder: Path,
+        world: World,
+    ) -> None:
+        self.section, self.pipeline, self.encoders, self.loss_fn = (
+            section,
+            pipeline,
+            encoders,
+            loss_fn,
+        )
+        self.pairs, self.rows, self.every, self.folder, self.world = (
+            pairs,
+            rows,
+            every,
+            folder,
+            world,
+        )
+        self.pictures = _pictures(section, image, pairs, rows)
+        self.newest_picture: Path | None = None
+        self.newest_losses: dict[str, float] = {}
+
+    def due(self, step: int, last_step: int) -> bool:
+        wanted = bool(self.pictures or self.rows)
+        return wanted and (step % self.every == 0 or step == last_step)
+
+    def run(self, step: int, ema: Ema | None, log: RunLog) -> None:
+        """Logs the held-out losses and the grid of edits, by the EMA's weights if there are any."""
+        with ema.in_place() if ema is not None else nullcontext():
+            if self.rows:
+                self.newest_losses = self._held_out_losses()
+                log.scalars(step, self.newest_losses)
+            if self.pictures:
+                edited = self._sample()
+                if self.world.is_main:
+                    self._show(step, edited, log)
+
+    @torch.no_grad()
+    def _held_out_losses(self) -> dict[str, float]:
+        """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps."""
+        mine = self.rows[self.world.rank :: self.world.size]
+        totals = torch.zeros(len(CONDITIONS) + 1, device=self.world.device)
+        for start in range(0, len(mine), BATCH):
+            batch = collate([self.pairs.sample(row) for row in mine[start : start + BATCH]])
+            samples = self.encoders.encode(batch)
+            for index, drops in enumerate(CONDITIONS.values()):
+                drop_text, drop_image = (
+                    torch.full_like(samples.positions, drop, dtype=torch.bool) for drop in drops
+                )
+                given = self.loss_fn.edit_input(samples, drop_text, drop_image, HELD_OUT)
+                totals[index] += (
+                    self.loss_fn.error(self.pipeline.unet, given) * samples.weights
+                ).sum()
+            totals[-1] += samples.weights.sum()
+        *sums, count = self.world.sum(totals).tolist()
+        return {
+            f"held_out/{name}": total / max(count, 1.0)
+            for name, total in zip(CONDITIONS, sums, strict=True)
+        }
+
+    def _sample(self) -> list[Image.Image]:
+        return sample_pictures(
+            self.pipeline,
+            self.pictures,
+            self.world,
+            seed=self.loss_fn.seed,
+            steps=self.section.validation_inference_steps,
+            guidance_scale=self.section.validation_guidance_scale,
+            image_guidance_scale=self.section.validation_image_guidance_scale,
+        )
+
+    def _show(self, step: int, edited: list[Image.Image], log: RunLog) -> None:
+        rows = [(p.original, e, p.truth) for p, e in zip(self.pictures, edited, strict=True)]
+        sheet = grid(rows, [p.instruction for p in self.pictures], ("input", "edit", "truth"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:06d}.png"
+        sheet.save(path)
+        self.newest_picture = path
+        log.image(step, "validation", sheet, f"step {step}")
+
+
+def _pictures(
+    section: ValidationConfig, image: Image.Image | None, pairs: EditPairs, rows: Sequence[int]
+) -> list[Picture]:
+    """The validation image as often as asked for, then the first held-out rows that can be read."""
+    pictures = []
+    if image is not None and section.validation_prompt is not None:
+        pictures += [
+            Picture(image, section.validation_prompt, None, index)
+            for index in range(section.num_validation_images)
+        ]
+    for row in rows[:HELD_OUT_PICTURES]:
+        sample = pairs.sample(row)
+        if not sample.error:
+            original, edited = pixels_to_image(sample.original), pixels_to_image(sample.edited)
+            pictures.append(Picture(original, pairs.instruction(row), edited, 1000 + row))
+    return pictures
+
+
+def pixels_to_image(pixels: Tensor) -> Image.Image:
+    """[3, height, width] uint8 -> image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def sample_pictures(
+    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pictures: Sequence[Picture],
+    world: World,
+    *,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+) -> list[Image.Image]:
+    """The edits of all pictures, of one size, made by all ranks, in order and on every rank."""
+    width, height = pictures[0].original.size
+    factor = pipeline.vae_scale_factor
+    mine = pictures[world.rank :: world.size]
+    each = -(-len(pictures) // world.size)  # ranks with fewer pictures send black ones along
+    edited: list[Image.Image] = []
+    for start in range(0, len(mine), BATCH):
+        chunk = mine[start : start + BATCH]
+        positions = torch.tensor([picture.noise_position for picture in chunk])
+        edited += edit_images(
+            pipeline,
+            [picture.original for picture in chunk],
+            [picture.instruction for picture in chunk],
+            draw_normal(
+                seed, Purpose.VALIDATION_NOISE, positions, (4, height // factor, width // factor)
+            ),
+            steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+        )
+    sent = torch.zeros(each, height, width, 3, dtype=torch.uint8)
+    for index, image in enumerate(edited):
+        sent[index] = _bytes_of(image)
+    gathered = torch.stack(world.gather(sent), dim=1).flatten(0, 1)  # index * size + rank
+    return [Image.fromarray(pixels.numpy()) for pixels in gathered[: len(pictures)]]
+
+
+def _bytes_of(image: Image.Image) -> Tensor:
+    """[height, width, 3] uint8."""
+    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3)
