@@ -20,6 +20,7 @@ USAGE = __doc__.split("\n", 2)[2] + "\n`fusedit COMMAND --help` tells more."
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     # Each command imports what it needs when it is called: torch and diffusers take seconds.
     if command == "train":

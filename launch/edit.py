@@ -102,9 +102,11 @@ def _device(name: str | None) -> torch.device:
 def _load(model: str, device: torch.device) -> StableDiffusionInstructPix2PixPipeline:
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UsageError(f"{model}: there is no such model folder")
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=dtype)
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+            model,
+            low_cpu_mem_usage=False,  # else a warning where accelerate is not installed
+        )
     except (HTTPError, OSError, ValueError, TypeError) as error:
         where = "" if Path(model).is_dir() else "no folder here, and not to be had from the hub: "
         raise UsageError(f"{model}: {where}{str(error).strip().splitlines()[0]}") from None
@@ -115,7 +117,7 @@ def _load(model: str, device: torch.device) -> StableDiffusionInstructPix2PixPip
             "8; train it with `fusedit train` first"
         )
     pipeline.set_progress_bar_config(disable=None)  # shown in a terminal alone
-    return pipeline.to(device)
+    return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
 
 
 def _write(image: Image.Image, output: Path) -> None:

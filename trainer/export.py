@@ -42,7 +42,7 @@ PUSHED = [  # all that ever leaves the machine: no checkpoint, log, run.toml or 
     INDEX_FILE,
     CARD_FILE,
     PICTURE_FILE,
-    *(f"{part}/*" for part in PARTS if part != RAW_UNET),
+    *(f"{part}/*" for part in PARTS),
 ]
 
 

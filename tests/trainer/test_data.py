@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
+from fusedit.trainer import data
 from fusedit.trainer.config import DataConfig
 from fusedit.trainer.data import (
     EditPairs,
@@ -142,6 +143,18 @@ def test_a_row_looks_different_in_the_next_epoch():
     assert not torch.equal(first.original, second.original)
 
 
+def test_every_decision_has_its_own_draw(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "transform", lambda *given: asked.append(given[-1]) or given[:2])
+    make_pairs().__getitems__([2, 11])
+    at = torch.tensor([2, 11])
+    expected = [
+        draw_uniform(3, purpose, at, count)
+        for purpose, count in [(Purpose.RESIZE, 1), (Purpose.CROP, 2), (Purpose.FLIP, 1)]
+    ]
+    assert [list(draws) for draws in asked] == torch.cat(expected, dim=1).tolist()
+
+
 def test_the_pair_is_drawn_at_the_position():
     rows = NoiseRows()
     pairs = make_pairs(rows)
@@ -182,9 +195,12 @@ def test_any_cut_of_a_step_has_the_same_samples(ranks, micro_steps, micro_batch)
         torch.testing.assert_close(cut, getattr(whole, name), rtol=0, atol=0)
 
 
-def test_positions_count_steps_micro_steps_ranks_and_samples():
-    at = positions_of(step=5, micro_step=1, rank=2, ranks=3, micro_batch=4, micro_steps=2)
-    assert list(at) == [5 * 24 + (1 * 3 + 2) * 4 + index for index in range(4)]
+@pytest.mark.parametrize(("micro_step", "rank"), [(0, 2), (1, 0), (1, 2)])
+def test_positions_count_steps_micro_steps_ranks_and_samples(micro_step, rank):
+    at = positions_of(
+        step=5, micro_step=micro_step, rank=rank, ranks=3, micro_batch=4, micro_steps=2
+    )
+    assert list(at) == [5 * 24 + micro_step * 12 + rank * 4 + index for index in range(4)]
 
 
 def test_a_sampler_starts_anywhere():

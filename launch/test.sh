@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up .venv where that is not done, then runs the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+set_up '[dev]'
+exec .venv/bin/python -m pytest -m 'not slow' "$@"

@@ -1,0 +1,109 @@
+"""Killed at any moment and started again by the same command, a run ends in the same bits."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from ranks import Ranks, run
+from tiny import save_tiny_dataset, save_tiny_pipeline
+
+STEPS = 14
+STATE = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_pipeline(folder / "base")
+    save_tiny_dataset(folder / "data", count=15)
+    return folder
+
+
+def _flags(inputs, output, ranks, *more):
+    return [
+        f"--pretrained_model_name_or_path={inputs / 'base'}",
+        f"--train_data_dir={inputs / 'data'}",
+        "--resolution=16",
+        "--random_flip",
+        f"--train_batch_size={6 // ranks}",
+        "--gradient_accumulation_steps=2",
+        f"--max_train_steps={STEPS}",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=3",
+        "--conditioning_dropout_prob=0.1",
+        "--use_ema",
+        "--held_out=2",
+        "--validation_steps=5",
+        "--validation_inference_steps=2",
+        "--checkpointing_steps=2",
+        "--checkpoints_total_limit=1",
+        "--log_every=1",
+        "--report_to=none",
+        f"--output_dir={output}",
+        *more,
+    ]
+
+
+def _state(output):
+    return {name: (output / f"checkpoint-{STEPS}" / name).read_bytes() for name in STATE}
+
+
+def _log(output):
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    keep = ("loss", "grad_norm", "lr", "held_out/full", "held_out/neither")
+    return [(line["step"], *(line.get(name) for name in keep)) for line in lines]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_killed_at_random_it_ends_in_the_same_bits(inputs, tmp_path, ranks):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    run(ranks, _flags(inputs, whole, ranks), tmp_path / "whole.log")
+    length_s = time.monotonic() - started
+    chance = random.Random(ranks)
+    flags = _flags(inputs, killed, ranks)
+    for _ in range(5):
+        victims = Ranks(ranks, flags, tmp_path / "killed.log")
+        time.sleep(chance.uniform(0.3, 1.0) * length_s)
+        victims.kill(chance.sample(victims.processes, ranks))
+    run(ranks, flags, tmp_path / "killed.log")
+    assert "going on from checkpoint-" in (tmp_path / "killed.log").read_text()
+    assert _state(killed) == _state(whole)
+    assert _log(killed) == _log(whole)
+
+
+def test_validation_and_workers_change_nothing(inputs, tmp_path):
+    """Validation eats from the reference's training draws (its defect 7)."""
+    with_it, without = tmp_path / "with", tmp_path / "without"
+    run(1, _flags(inputs, with_it, 1), tmp_path / "with.log")
+    more = ["--validation_steps=1000", "--dataloader_num_workers=2"]
+    run(1, _flags(inputs, without, 1, *more), tmp_path / "without.log")
+    assert _state(with_it) == _state(without)
+
+
+def test_sigterm_ends_in_a_checkpoint_and_code_75(inputs, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(2, _flags(inputs, whole, 2), tmp_path / "whole.log")
+    flags = _flags(inputs, stopped, 2, "--checkpointing_steps=1000")
+    ranks = Ranks(2, flags, tmp_path / "stopped.log")
+    while not (stopped / "log.jsonl").exists() or len(_log(stopped)) < 3:
+        time.sleep(0.02)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one rank is told, all stop
+    assert [p.join(60) or p.exitcode for p in ranks.processes] == [75, 75], ranks.output()
+    assert "the same command goes on from here" in ranks.output()
+    run(2, flags, tmp_path / "stopped.log")
+    assert _state(stopped) == _state(whole)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batch(inputs, tmp_path):
+    output = tmp_path / "run"
+    run(1, _flags(inputs, output, 1, "--max_train_steps=4"), tmp_path / "log")
+    run(3, _flags(inputs, output, 3), tmp_path / "log")
+    assert "going on from checkpoint-4" in (tmp_path / "log").read_text()
+    assert [line[0] for line in _log(output) if line[1] is not None] == list(range(1, STEPS + 1))
+    refused = Ranks(2, _flags(inputs, output, 1), tmp_path / "refused.log")
+    assert set(refused.wait()) == {2}
+    assert "was trained with 12 samples a step, this command makes 24" in refused.output()
