@@ -42,7 +42,7 @@ PUSHED = [  # all that ever leaves the machine: no checkpoint, log, run.toml or 
     INDEX_FILE,
     CARD_FILE,
     PICTURE_FILE,
-    *(f"{part}/*" for part in PARTS),
+    *(f"{part}/*" for part in PARTS if part != RAW_UNET),
 ]
 
 
@@ -94,9 +94,7 @@ def save_pipeline(
     parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, **components}
     for name in ("text_encoder", "safety_checker"):
         if parts[name] is not None:
-            parts[name] = copy.deepcopy(parts[name]).to(
-                "cpu", dtype, memory_format=torch.contiguous_format
-            )
+            parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
     parts["vae"] = _in_dtype(parts["vae"], parts["vae"].state_dict(), dtype)
     parts["unet"] = _in_dtype(unet, unet.state_dict(), dtype)
     pipeline = StableDiffusionInstructPix2PixPipeline(
@@ -118,7 +116,7 @@ def _in_dtype(module: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) ->
     public = {name: value for name, value in module.config.items() if not name.startswith("_")}
     with torch.device("meta"):
         made = type(module).from_config(public)
-    cast = {name: w.detach().to("cpu", dtype).contiguous() for name, w in weights.items()}
+    cast = {name: w.detach().to("cpu", dtype) for name, w in weights.items()}
     made.load_state_dict(cast, assign=True)
     return made
 

@@ -28,15 +28,25 @@ class World:
         return self.rank == 0
 
     def start(self, timeout_s: float = 1800.0) -> None:
-        """Joins the process group; torch finds the others by MASTER_ADDR and MASTER_PORT."""
+        """Joins the process group; torch finds the others by MASTER_ADDR and MASTER_PORT.
+
+        Raises: UsageError: the port is taken, or the first rank cannot be reached.
+        """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
             # Gloo beside NCCL: what the host decides (stop, errors) must not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(
-                backend, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout_s)
-            )
+            timeout = timedelta(seconds=timeout_s)
+            try:
+                dist.init_process_group(
+                    backend, rank=self.rank, world_size=self.size, timeout=timeout
+                )
+            except dist.DistNetworkError as error:
+                raise UsageError(
+                    f"rank {self.rank} cannot join the others: {str(error).splitlines()[0]}; is "
+                    "MASTER_PORT free and MASTER_ADDR reached from here?"
+                ) from None
 
     def stop(self) -> None:
         """Leaves the process group."""

@@ -164,12 +164,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, parts):
 
 
 def add_safety_checker(folder) -> None:
-    narrow = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    narrow["num_attention_heads"] = 1
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    narrow = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    words = {"vocab_size": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     config = CLIPConfig(
-        text_config=narrow
-        | {"vocab_size": 10, "eos_token_id": 9, "bos_token_id": 8, "pad_token_id": 7},
+        text_config=narrow | words,
         vision_config=narrow | {"image_size": 8, "patch_size": 4},
         projection_dim=8,
     )

@@ -1,0 +1,268 @@
+"""The command as its users meet it: what it writes, and what it says when they err."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import save_tiny_dataset, save_tiny_pipeline
+
+from fusedit.launch import cli, train
+from fusedit.trainer import checkpoint
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_pipeline(folder / "base")
+    save_tiny_dataset(folder / "data", count=8)
+    return folder
+
+
+@pytest.fixture
+def here(inputs, tmp_path, monkeypatch):
+    """An empty folder to run in, with `base` and `data` beside it; signals are given back."""
+    for name in ("base", "data"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+BASIC = {
+    "pretrained_model_name_or_path": "base",
+    "train_data_dir": "data",
+    "resolution": 16,
+    "train_batch_size": 2,
+    "max_train_steps": 2,
+    "output_dir": "out",
+    "report_to": "none",
+}
+
+
+def _flags(*switches, **changes):
+    named = {name: value for name, value in {**BASIC, **changes}.items() if value is not None}
+    return [*(f"--{name}={value}" for name, value in named.items()), *switches]
+
+
+def _mistake(capfd, flags):
+    """The one line that a mistake is told in."""
+    assert train.main(flags) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("fusedit: ")]
+    assert len(lines) == 1, printed
+    return lines[0]
+
+
+# What a good run leaves.
+
+
+def test_a_run_leaves_a_pipeline_that_the_guides_snippet_loads(here):
+    """No --seed, a local validation image, a folder called checkpoint_x: each crashes the
+    reference (defect 3)."""
+    (here / "out" / "checkpoint_x").mkdir(parents=True)
+    Image.new("RGB", (30, 20), "red").save(here / "input.png")
+    flags = _flags(
+        "--use_ema",
+        "--revision=main",
+        "--non_ema_revision=main",
+        val_image_url="input.png",
+        validation_prompt="make it blue",
+        validation_inference_steps=2,
+        num_validation_images=2,
+        held_out=2,
+        log_every=1,
+        report_to="tensorboard",
+    )
+    assert train.main(flags) == 0
+    out = here / "out"
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(out)
+    edited = pipeline(
+        "make it blue",
+        image=Image.new("RGB", (16, 16)),
+        num_inference_steps=2,
+        image_guidance_scale=1.5,
+        guidance_scale=10,
+    ).images[0]
+    assert edited.size == (16, 16)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):  # defect 9
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    saved = {
+        name: load_file(out / "checkpoint-2" / f"{name}.safetensors") for name in ("unet", "ema")
+    }
+    raw = UNet2DConditionModel.from_pretrained(out, subfolder="unet_raw").state_dict()
+    for name, average in pipeline.unet.state_dict().items():
+        assert torch.equal(average, saved["ema"][name])
+        assert torch.equal(raw[name], saved["unet"][name])
+    assert Image.open(out / "validation" / "step-000002.png").size > (100, 100)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "lr", "grad_norm", "images_per_second", "memory_gib"} <= lines[0].keys()
+    assert {f"held_out/{c}" for c in ("full", "no_text", "no_image", "neither")} <= lines[-1].keys()
+    assert any((out / "logs").iterdir())
+    assert "--train_data_dir=data" in (out / "README.md").read_text()
+
+
+def test_it_trains_as_many_steps_as_asked_and_resuming_adds_none(here):
+    """At max_steps the reference trains one step more after a resume (defect 5)."""
+    assert train.main(_flags(log_every=1)) == 0
+    first = (here / "out" / "checkpoint-2" / "unet.safetensors").read_bytes()
+    assert train.main(_flags(log_every=1)) == 0
+    assert (here / "out" / "checkpoint-2" / "unet.safetensors").read_bytes() == first
+    steps = [json.loads(line)["step"] for line in (here / "out/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_it_goes_on_from_a_checkpoint_of_another_folder(here):
+    """Which crashes the reference (defect 3)."""
+    assert train.main(_flags(max_train_steps=1)) == 0
+    assert train.main(_flags()) == 0
+    again = _flags(output_dir="elsewhere", resume_from_checkpoint="out/checkpoint-1")
+    assert train.main(again) == 0
+    same = [load_file(here / f / "checkpoint-2" / "unet.safetensors") for f in ("out", "elsewhere")]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(here, capfd):
+    assert train.main(_flags("--dry_run")) == 0
+    assert "2 steps, 4 an epoch" in capfd.readouterr().err
+    assert not (here / "out").exists()
+
+
+def test_overwrite_starts_anew(here):
+    assert train.main(_flags(max_train_steps=1)) == 0
+    assert train.main(_flags("--overwrite", learning_rate=1e-3)) == 0
+    assert checkpoint.steps(here / "out") == [2]
+
+
+def test_an_unreadable_image_can_be_skipped(here, capfd):
+    _truncate(here)
+    assert train.main(_flags(max_train_steps=4, on_bad_sample="skip")) == 0
+    assert "skipped: row" in capfd.readouterr().err
+
+
+def test_two_ranks_under_torchrun_are_one_run(here):
+    """On a CPU the reference's two ranks are two runs in one folder (defect 12)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fusedit.launch.train", *_flags(log_every=1)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 samples = 2 x 1 micro-steps x 2 ranks" in done.stderr
+    assert done.stderr.count("step 1/2") == 1
+    assert json.loads((here / "out/checkpoint-2/state.json").read_text())["position"] == 8
+
+
+# What a mistake is answered with.
+
+
+def _truncate(here: Path) -> None:
+    image = sorted((here / "data").rglob("*.png"))[0]
+    image.write_bytes(image.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path is missing"),
+        ({"pretrained_model_name_or_path": "data"}, "data has no folder unet"),
+        ({"train_data_dir": None}, "--dataset_name or --train_data_dir is missing"),
+        ({"train_data_dir": "nowhere"}, "nowhere"),
+        ({"original_image_column": "before"}, "before"),
+        ({"edit_prompt_column": "words"}, "edit_prompt"),
+        ({"dataset_split": "validation"}, "train"),
+        ({"max_train_samples": 9}, "--max_train_samples 9 is above the 8 rows"),
+        ({"held_out": 8}, "--held_out 8 leaves none of the dataset's 8 rows"),
+        ({"resolution": 17}, "--resolution 17 must be a multiple of 2"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
+        ({"val_image_url": "no.png", "validation_prompt": "x"}, "no.png"),
+        ({"report_to": "wandb"}, "fusedit[wandb]"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7: there is no such folder"),
+        ({"output_dir": "base/model_index.json"}, "is a file; give a folder"),
+        ({"config": "no.toml"}, "--config no.toml: there is no such file"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_weights_load(here, capfd, changes, message):
+    for weights in (here / "base").rglob("*.safetensors"):
+        weights.unlink()
+    assert message in _mistake(capfd, _flags(**changes))
+    assert not (here / "out").exists()
+
+
+def test_an_empty_dataset(here, capfd):
+    (here / "data" / "metadata.jsonl").write_text("")
+    assert "data" in _mistake(capfd, _flags())
+
+
+def test_a_model_with_neither_4_nor_8_channels(here, capfd):
+    config = here / "base" / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    assert "takes 9 input channels" in _mistake(capfd, _flags())
+
+
+def test_a_folder_that_holds_another_run(here, capfd):
+    assert train.main(_flags(max_train_steps=1)) == 0
+    line = _mistake(capfd, _flags(learning_rate=1e-3))
+    assert "--learning_rate was 0.0001, now 0.001" in line
+    assert "--overwrite" in line
+    assert checkpoint.steps(here / "out") == [1]
+
+
+def test_an_unreadable_image_stops_the_run_by_name_with_a_checkpoint(here, capfd):
+    _truncate(here)
+    line = _mistake(capfd, _flags(max_train_steps=4))
+    assert "row" in line
+    assert "0000" in line or ".png" in line
+    assert "--on_bad_sample skip" in line
+    assert checkpoint.newest(here / "out")[0] is not None
+
+
+def test_a_checkpoint_that_fails_its_hash(here, capfd):
+    assert train.main(_flags()) == 0
+    weights = here / "out" / "checkpoint-2" / "unet.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    line = _mistake(capfd, _flags(resume_from_checkpoint="checkpoint-2"))
+    assert "unet.safetensors does not have the hash it was written with" in line
+    assert train.main(_flags()) == 0  # latest: no whole one is left, so from the start
+    assert "checkpoint-2 is passed over" in capfd.readouterr().err
+
+
+def test_no_space_left(here, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "no space is left on the disk" in _mistake(capfd, _flags())
+    assert checkpoint.steps(here / "out") == []
+
+
+@pytest.mark.parametrize("by", ["fusedit", "torchrun's variables"])
+def test_a_port_in_use(here, capfd, monkeypatch, by):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        if by == "fusedit":
+            code = cli.main(["train", "--nproc_per_node=2", f"--master_port={port}", *_flags()])
+        else:
+            ours = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for name, value in ours.items():
+                monkeypatch.setenv(name, str(value))
+            code = train.main(_flags())
+    printed = capfd.readouterr().err
+    assert code == 2
+    assert "EADDRINUSE" in printed or "in use" in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fusedit.trainer.config import OptimConfig
+from fusedit.trainer.ema import Ema
+from fusedit.trainer.encoders import Samples
+from fusedit.trainer.errors import UsageError
+from fusedit.trainer.optim import AdamW, schedule
+from fusedit.trainer.step import GROWTH_STEPS, LossScale, train_step
+from fusedit.trainer.world import World
+
+INF = float("inf")
+
+
+def _samples(target, weights=None):
+    n = len(target)
+    return Samples(
+        target_mean=target,
+        target_std=torch.zeros_like(target),
+        condition=torch.zeros_like(target),
+        text=torch.zeros(n, 1, 1),
+        positions=torch.arange(n),
+        weights=torch.ones(n) if weights is None else torch.tensor(weights),
+    )
+
+
+def _loss(model, samples):
+    return (model(samples.target_mean) - 1).square().mean(dim=1)
+
+
+class _Job:
+    """A small regression and everything a step needs."""
+
+    def __init__(self, lr=0.1, fp16=False, **section):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
+        self.optimizer = AdamW(self.model.named_parameters(), OptimConfig(**section))
+        self.ema = Ema(self.model.named_parameters(), 0.999)
+        self.scale = LossScale(fp16, torch.device("cpu"))
+        self.number, self.lr = 0, lr
+
+    def step(self, *micro_batches, max_grad_norm=INF):
+        self.number += 1
+        return train_step(
+            self.model,
+            micro_batches,
+            len(micro_batches),
+            _loss,
+            self.optimizer,
+            self.ema,
+            self.scale,
+            World(),
+            number=self.number,
+            lr=self.lr,
+            max_grad_norm=max_grad_norm,
+        )
+
+    def weights(self):
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def _theirs(job, data, max_grad_norm):
+    """The same update by PyTorch alone."""
+    model = copy.deepcopy(job.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=1e-2)
+
+    def update():
+        optimizer.zero_grad()
+        _loss(model, _samples(data)).mean().backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        return norm, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    return update
+
+
+@pytest.mark.parametrize("max_grad_norm", [INF, 0.1])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_it_is_pytorchs_adamw_and_clipping(max_grad_norm, fp16):
+    job, data = _Job(fp16=fp16), torch.randn(8, 3)
+    theirs = _theirs(job, data, max_grad_norm)
+    for _ in range(5):
+        result = job.step(_samples(data[:4]), _samples(data[4:]), max_grad_norm=max_grad_norm)
+        norm, weights = theirs()
+        torch.testing.assert_close(result.grad_norm, norm)
+        torch.testing.assert_close(job.weights(), weights)
+        assert result.applied
+
+
+def test_a_short_window_is_divided_by_its_own_count():
+    """The reference halves loss and gradient of a short last window (defect 6)."""
+    data = torch.randn(8, 3)
+    whole, short = _Job(adam_epsilon=1.0), _Job(adam_epsilon=1.0)  # no hiding of scale by Adam
+    expected = whole.step(_samples(data[:3]))
+    padded = torch.cat((data[2:3], torch.full((3, 3), 5.0)))
+    result = short.step(_samples(data[:2], [1.0, 1.0]), _samples(padded, [1.0, 0.0, 0.0, 0.0]))
+    assert result.samples == 3
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.grad_norm, expected.grad_norm)
+    torch.testing.assert_close(short.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad):
+    job, data = _Job(), torch.randn(4, 3)
+    job.step(_samples(data))
+    before, averages = job.weights(), copy.deepcopy(job.ema.averages)
+    moments = {name: value.clone() for name, value in job.optimizer.state().items()}
+    data[0, 0] = bad
+    assert not job.step(_samples(data)).applied
+    assert torch.equal(job.weights(), before)
+    for name, value in job.optimizer.state().items():
+        assert torch.equal(value, moments[name]), name  # Adam's count among them
+    for name, value in job.ema.averages.items():
+        assert torch.equal(value, averages[name])
+    data[0, 0] = 0.0
+    assert job.step(_samples(data)).applied
+
+
+def test_a_window_without_a_sample_moves_nothing():
+    job = _Job()
+    job.step(_samples(torch.randn(4, 3)))
+    before = job.weights()
+    assert not job.step(_samples(torch.zeros(4, 3), [0.0] * 4)).applied
+    assert torch.equal(job.weights(), before)
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_good_steps():
+    scale = LossScale(True, torch.device("cpu"))
+    scale.update(torch.tensor(False))
+    assert scale.scale == 2.0**15
+    for _ in range(GROWTH_STEPS):
+        scale.update(torch.tensor(True))
+    assert scale.scale == 2.0**16
+    assert scale.good_steps == 0
+    fixed = LossScale(False, torch.device("cpu"))
+    fixed.update(torch.tensor(False))
+    assert fixed.scale == 1.0
+
+
+def test_the_ema_warms_up_as_the_papers():
+    job = _Job()
+    average = job.weights()
+    for n in (1, 2, 3):
+        job.step(_samples(torch.randn(4, 3)))
+        average = average + (1 - (1 + n) / (10 + n)) * (job.weights() - average)
+    ours = torch.cat([value.flatten() for value in job.ema.averages.values()])
+    torch.testing.assert_close(ours, average)
+
+
+def test_the_ema_takes_the_parameters_place_and_gives_it_back():
+    job = _Job()
+    job.step(_samples(torch.randn(4, 3)))
+    raw = job.weights()
+    averages = torch.cat([value.flatten() for value in job.ema.averages.values()])
+    with job.ema.in_place():
+        assert torch.equal(job.weights(), averages)
+    assert torch.equal(job.weights(), raw)
+    assert not torch.equal(raw, averages)
+
+
+def test_optimizer_state_goes_on_where_it_was():
+    data = torch.randn(3, 4, 3)
+    whole, resumed = _Job(), _Job()
+    for batch in data[:2]:
+        whole.step(_samples(batch))
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state({k: v.clone() for k, v in whole.optimizer.state().items()})
+    assert "0.weight.exp_avg" in whole.optimizer.state()
+    for job in (whole, resumed):
+        job.step(_samples(data[2]))
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_schedules_are_diffusers_and_counted_in_optimizer_steps():
+    linear = schedule("linear", 10, 110)
+    assert [linear(step) for step in (0, 5, 10, 60, 110)] == [0.0, 0.5, 1.0, 0.5, 0.0]
+    assert schedule("constant", 500, 1000)(0) == 1.0
+
+
+def test_8bit_moments_are_refused_on_a_cpu():
+    with pytest.raises(UsageError, match="--use_8bit_adam needs a GPU"):
+        _Job(use_8bit_adam=True)
