@@ -11,5 +11,6 @@ PARTS = ("trainer", "kernels", "launch", "launch.demo", "benchmarks")
 setup(
     packages=[f"fusedit.{part}" for part in PARTS],
     package_dir={f"fusedit.{part}": part.replace(".", "/") for part in PARTS},
+    include_package_data=False,  # what MANIFEST.in adds is for the sdist alone
     package_data={"fusedit.launch": ["recipes/*.toml"], "fusedit.launch.demo": ["base/**/*"]},
 )

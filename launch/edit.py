@@ -22,14 +22,18 @@ from ..trainer.sample import edit_images, nearest_size, open_image
 
 MISTAKE = 2
 
+Model = Annotated[str, Positional, arg(metavar="MODEL")]
+Source = Annotated[str, Positional, arg(metavar="IMAGE")]
+Instruction = Annotated[str, Positional, arg(metavar="INSTRUCTION")]
+
 
 @dataclass(frozen=True, slots=True)
 class EditFlags:
     """Edits an image by an instruction."""
 
-    model: Positional[str]  # folder of an InstructPix2Pix pipeline, or its name on the hub
-    image: Positional[str]  # path or http(s) URL
-    instruction: Positional[str]  # for instance "make it snowy"
+    model: Model  # folder of an InstructPix2Pix pipeline, or its name on the hub
+    image: Source  # path or http(s) URL
+    instruction: Instruction  # for instance "make it snowy"
     output: Annotated[Path, arg(aliases=["-o"])]  # image file to write
     guidance_scale: float = 7.5  # how closely to follow the instruction; 1: without any guidance
     image_guidance_scale: float = 1.5  # how closely to keep to the image; 1 or more
@@ -117,7 +121,7 @@ def _load(model: str, device: torch.device) -> StableDiffusionInstructPix2PixPip
             "8; train it with `fusedit train` first"
         )
     pipeline.set_progress_bar_config(disable=None)  # shown in a terminal alone
-    return pipeline.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    return pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline.to(device)
 
 
 def _write(image: Image.Image, output: Path) -> None:

@@ -1,5 +1,6 @@
 """From samples to the loss of each: draws, noise, hidden conditions, UNet, squared error."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ class EditLoss:
     def error(self, unet: nn.Module, given: EditInput) -> Tensor:
         """[n] fp32, the UNet's mean squared error on each sample."""
         mixed = self.autocast_dtype is not torch.float32
-        with torch.autocast(given.latents.device.type, self.autocast_dtype, enabled=mixed):
+        device_type = given.latents.device.type
+        with torch.autocast(device_type, self.autocast_dtype) if mixed else nullcontext():
             predicted = unet(given.latents, given.timesteps, given.text, return_dict=False)[0]
         return (predicted.float() - given.target).square().mean(dim=(1, 2, 3))

@@ -86,11 +86,6 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     train_rows, held_out_rows = split_rows(
         len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
     )
-    validation_image = None
-    if config.validation.val_image_url is not None:
-        image = open_image(config.validation.val_image_url)
-        side = config.data.resolution
-        validation_image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     steps_per_epoch = -(-len(train_rows) // global_batch)
     return Plan(
         config=config,
@@ -102,7 +97,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch,
         resume=resume,
-        validation_image=validation_image,
+        validation_image=_validation_image(config),
         notes=(*notes, *passed_over),
     )
 
@@ -126,6 +121,17 @@ def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     return dataclasses.replace(
         config, precision=dataclasses.replace(config.precision, mixed_precision=precision)
     )
+
+
+def _validation_image(config: RunConfig) -> Image.Image | None:
+    source, side = config.validation.val_image_url, config.data.resolution
+    if source is None:
+        return None
+    try:
+        image = open_image(source)
+    except UsageError as error:
+        raise UsageError(f"--val_image_url {error}") from None
+    return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
 def _notes(config: RunConfig) -> list[str]:

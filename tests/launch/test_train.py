@@ -186,7 +186,10 @@ def _truncate(here: Path) -> None:
         ({"held_out": 8}, "--held_out 8 leaves none of the dataset's 8 rows"),
         ({"resolution": 17}, "--resolution 17 must be a multiple of 2"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
-        ({"val_image_url": "no.png", "validation_prompt": "x"}, "no.png"),
+        (
+            {"val_image_url": "no.png", "validation_prompt": "x"},
+            "--val_image_url no.png: there is no such",
+        ),
         ({"report_to": "wandb"}, "fusedit[wandb]"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7: there is no such folder"),
         ({"output_dir": "base/model_index.json"}, "is a file; give a folder"),
