@@ -14,7 +14,7 @@ import sys
 
 from ..trainer.errors import UsageError
 
-USAGE = __doc__.split("\n", 2)[2] + "\n`fusedit COMMAND --help` tells more."
+USAGE = str(__doc__).split("\n", 2)[2] + "\n`fusedit COMMAND --help` tells more."
 
 
 def main(argv: list[str] | None = None) -> int:

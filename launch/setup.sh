@@ -29,7 +29,7 @@ make_venv() {
 
 # set_up EXTRAS: installs fusedit with EXTRAS, '' or '[dev]', unless nothing changed since it was.
 set_up() {
-  local stamp=.venv/fusedit.stamp hash installed='' quiet=()
+  local stamp=.venv/fusedit.stamp hash installed='' noise=--progress-bar=on
   [[ -e .venv ]] || make_venv
   hash=$(.venv/bin/python -c '
 import hashlib, pathlib
@@ -42,8 +42,8 @@ print(hashlib.sha256(b"".join(map(pathlib.Path.read_bytes, map(pathlib.Path, fil
 
   printf 'fusedit: installing into .venv; the first time takes minutes\n' >&2
   rm -f "$stamp"
-  if [[ ! -t 1 ]]; then quiet=(--quiet); fi # a log needs no progress bars
-  .venv/bin/python -m pip install --disable-pip-version-check "${quiet[@]}" \
+  if [[ ! -t 1 ]]; then noise=--quiet; fi # a log needs no progress bars
+  .venv/bin/python -m pip install --disable-pip-version-check "$noise" \
     -c constraints.txt -e ".$1" || fail 'the installation did not succeed; pip says why above'
   printf '%s %s' "$hash" "$1" >"$stamp"
 }

@@ -7,6 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = (
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -190,6 +190,8 @@ class ValidationConfig:
         _at_least("validation_epochs", self.validation_epochs, 1)
         _at_least("validation_steps", self.validation_steps, 1)
         _at_least("validation_inference_steps", self.validation_inference_steps, 1)
+        if self.validation_guidance_scale > 1:
+            _at_least("validation_image_guidance_scale", self.validation_image_guidance_scale, 1)
         if (self.val_image_url is None) != (self.validation_prompt is None):
             raise UsageError(
                 "--val_image_url and --validation_prompt go together: give both or neither"
@@ -319,7 +321,7 @@ def from_toml(path: Path) -> RunConfig:
 
 def from_values(values: dict[str, Any], source: str) -> RunConfig:
     """Builds a run from {flag: value} or {section: {flag: value}}; `source` starts each message."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
     home = {f.name: section for section, cls in sections.items() for f in dataclasses.fields(cls)}
     built: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for key, value in values.items():

@@ -31,7 +31,7 @@ class Diffusion:
 
         Raises: UsageError: the pipeline predicts something else than epsilon or v.
         """
-        scheduler = DDPMScheduler.from_config(config)
+        scheduler: Any = DDPMScheduler.from_config(config)
         kind = scheduler.config["prediction_type"]
         if kind not in ("epsilon", "v_prediction"):
             raise UsageError(

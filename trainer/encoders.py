@@ -4,11 +4,11 @@ Source: Brooks et al. 2023 (arXiv:2211.09800), section 3.2: the target is a samp
 posterior, the condition its mode. Both images of a pair go through the VAE in one batch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from .data import PixelBatch
@@ -41,8 +41,8 @@ class Encoders:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.vae = vae.to(device, dtype).eval().requires_grad_(False)
-        self.text_encoder = text_encoder.to(device, dtype).eval().requires_grad_(False)
+        self.vae = _frozen(vae, device, dtype)
+        self.text_encoder = _frozen(text_encoder, device, dtype)
         self.device = device
         self.dtype = dtype
         self.null_text = self.encode_text(null_tokens.to(device))  # [1, tokens, width]
@@ -56,8 +56,8 @@ class Encoders:
     def encode(self, batch: PixelBatch) -> Samples:
         """Pixels and tokens of n pairs -> samples on the device."""
         images = torch.cat((batch.edited, batch.original))  # [2 n, 3, height, width] uint8
-        images = images.to(self.device, non_blocking=True).to(self.dtype) / 127.5 - 1.0
-        posterior = self.vae.encode(images).latent_dist
+        images = images.to(self.device, non_blocking=True).float() / 127.5 - 1.0
+        posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         edited_mean, condition = posterior.mean.chunk(2)
         return Samples(
             target_mean=edited_mean,
@@ -67,3 +67,7 @@ class Encoders:
             positions=batch.positions.to(self.device, non_blocking=True),
             weights=batch.weights.to(self.device, non_blocking=True),
         )
+
+
+def _frozen(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    return module.to(device, dtype).eval().requires_grad_(False)

@@ -142,7 +142,6 @@ def model_card(
     versions: Mapping[str, str],
     steps: int,
     picture: Path | None,
-    metrics: Mapping[str, float],
 ) -> None:
     """Writes README.md, the hub's model card, and the picture it shows.
 
@@ -171,7 +170,6 @@ def model_card(
         dataset=dataset,
         steps=steps,
         picture=f"![Edits: input, edit, truth]({PICTURE_FILE})\n\n" if picture else "",
-        metrics=_table("held-out set", metrics) if metrics else "",
         command=without_secrets(command),
         versions=_table("package", versions),
         settings=_table("setting", settings),
@@ -208,7 +206,7 @@ edited = pipeline(
 edited.save("edited.png")
 ```
 
-{metrics}## Training
+## Training
 
 ```bash
 {command}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import hf_hub_download
@@ -34,14 +35,6 @@ class Described(NamedTuple):
     def make_scheduler(self) -> SchedulerMixin:
         """The sampler the pipeline was saved with."""
         return getattr(diffusers, self.scheduler["_class_name"]).from_config(self.scheduler)
-
-
-class Models(NamedTuple):
-    """The pipeline's networks, on the CPU; the UNet takes 8 channels."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
 
 
 def describe(section: ModelConfig) -> Described:
@@ -76,15 +69,16 @@ def check_resolution(resolution: int, described: Described) -> None:
         )
 
 
-def load_models(section: ModelConfig) -> Models:
-    """Reads the weights, in fp32 whatever they are stored in, and grows conv_in."""
+def load_unet(section: ModelConfig) -> UNet2DConditionModel:
+    """Reads the UNet in fp32, whatever it is stored in; it takes 8 channels."""
     unet = _load(UNet2DConditionModel, section, "unet")
     grow_conv_in(unet, section.unet or str(section.pretrained_model_name_or_path))
-    return Models(
-        unet=unet,
-        vae=_load(AutoencoderKL, section, "vae"),
-        text_encoder=_load(CLIPTextModel, section, "text_encoder"),
-    )
+    return unet
+
+
+def load_encoders(section: ModelConfig) -> tuple[AutoencoderKL, CLIPTextModel]:
+    """Reads VAE and text encoder in fp32, whatever they are stored in."""
+    return _load(AutoencoderKL, section, "vae"), _load(CLIPTextModel, section, "text_encoder")
 
 
 def _place(section: ModelConfig, part: str) -> tuple[str, str | None, bool]:
@@ -117,14 +111,16 @@ def _read_config(section: ModelConfig, part: str, file: str) -> dict[str, Any]:
 
 def _load(cls: Any, section: ModelConfig, part: str) -> Any:
     source, subfolder, own_unet = _place(section, part)
+    options: dict[str, Any] = {
+        "subfolder": subfolder or "",
+        "revision": _revision(section, part),
+        "cache_dir": section.cache_dir,
+    }
+    if cls is not CLIPTokenizer:
+        options["dtype" if cls is CLIPTextModel else "torch_dtype"] = torch.float32
+        options["variant"] = None if own_unet else section.variant
     try:
-        return cls.from_pretrained(
-            source,
-            subfolder=subfolder or "",
-            revision=_revision(section, part),
-            cache_dir=section.cache_dir,
-            **({} if cls is CLIPTokenizer or own_unet else {"variant": section.variant}),
-        )
+        return cls.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError) as error:
         raise _cannot_load(section, part, error) from None
 

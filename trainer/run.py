@@ -1,7 +1,7 @@
 """A run from its configuration to the exported pipeline: builds the parts, then the loop."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from enum import IntEnum
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import PrecisionConfig, RunConfig, flat
-from .data import EditPairs, PixelBatch, StepSampler, collate, make_loader, make_tokenize
+from .data import EditPairs, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
 from .encoders import Encoders
@@ -25,11 +25,12 @@ from .loss import EditLoss
 from .meter import Meter
 from .optim import AdamW, schedule
 from .plan import Plan, claim_output, make_plan
-from .pretrained import load_models
+from .pretrained import load_encoders, load_unet
 from .sample import build_pipeline
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .validate import Validator
+from .windows import Verdict, Windows
 from .world import World
 
 VERSIONS = ("fusedit", "torch", "diffusers", "transformers", "datasets")
@@ -40,15 +41,6 @@ class Ended(IntEnum):
 
     DONE = 0
     STOPPED = 1  # asked to by a signal, after a checkpoint
-
-
-class Verdict(IntEnum):
-    """What the ranks agree on before each step; the highest wins."""
-
-    GO = 0
-    SKIPPED = 1  # some rank has an unreadable sample and may go on without it
-    STOP = 2
-    BAD_SAMPLE = 3  # some rank has an unreadable sample and must not
 
 
 def train(
@@ -92,17 +84,17 @@ class Run:
         config, device = plan.config, world.device
         self.plan, self.world, self.command = plan, world, command
         _set_numerics(config.precision)
-        models = load_models(config.model)
         self.unet = prepare_unet(
-            models.unet, device, gradient_checkpointing=config.precision.gradient_checkpointing
+            load_unet(config.model),
+            device,
+            gradient_checkpointing=config.precision.gradient_checkpointing,
         )
         tokenize = make_tokenize(plan.described.tokenizer)
-        self.encoders = Encoders(
-            models.vae, models.text_encoder, tokenize("")[None], device, plan.dtype
-        )
+        vae, text_encoder = load_encoders(config.model)
+        self.encoders = Encoders(vae, text_encoder, tokenize("")[None], device, plan.dtype)
         self.loss_fn = EditLoss(
             Diffusion.from_scheduler(
-                plan.described.scheduler, models.vae.config["scaling_factor"], device
+                plan.described.scheduler, vae.config["scaling_factor"], device
             ),
             config.conditioning.rates,
             self.encoders.null_text,
@@ -115,34 +107,27 @@ class Run:
             plan.rows, plan.train_rows, config.data, config.loop.seed, plan.global_batch, tokenize
         )
         self.step = 0  # optimizer steps done
-        resumed = checkpoint.read(plan.resume) if plan.resume else None
-        if resumed:
-            self.unet.load_state_dict(resumed.tensors["unet"])
-        self.ema = (
-            Ema(self.unet.named_parameters(), config.optim.ema_decay)
-            if config.optim.use_ema
-            else None
-        )
-        if resumed:
-            self._load_state(resumed)
+        named = self.unet.named_parameters()
+        self.ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
+        if plan.resume:
+            self._load_state(checkpoint.read(plan.resume))
 
     # The loop.
 
     def train(self, stop_requested: Callable[[], bool]) -> Ended:
         """Steps until the last one; then the checkpoint, validation and export."""
         config, world, plan = self.plan.config, self.world, self.plan
-        loop, optim, output = config.loop, config.optim, config.output
+        loop, data, optim, output = config.loop, config.data, config.optim, config.output
         peak = optim.learning_rate * (plan.global_batch if optim.scale_lr else 1)
         lr_factor = schedule(optim.lr_scheduler, optim.lr_warmup_steps, plan.total_steps)
         model = self._data_parallel()
         validator = self._validator()
         log = self._open_log()
         meter = Meter(world.device)
-        windows = self._windows()
+        windows = Windows(self.pairs, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
-                window = next(windows)
-                verdict, messages = self._agree(window, stop_requested)
+                window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
                     self.save()
                     if verdict is Verdict.BAD_SAMPLE:
@@ -172,55 +157,17 @@ class Run:
                     values = meter.read() | {"lr": lr, "epoch": self.step / plan.steps_per_epoch}
                     log.scalars(self.step, values)
                     log.progress(self.step, values)
-                if self.step % output.checkpointing_steps == 0 or last:
-                    with meter.paused():
-                        self.save()
-                if validator.due(self.step, plan.total_steps):
-                    with meter.paused():
+                with meter.paused():  # validated first: what a checkpoint's step logs is then whole
+                    if validator.due(self.step, plan.total_steps):
                         validator.run(self.step, self.ema, log)
+                    if self.step % output.checkpointing_steps == 0 or last:
+                        self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
-            self.export(validator.newest_picture, validator.newest_losses)
+            self.export(validator.newest_picture())
             log.note(f"done: {plan.output}")
             return Ended.DONE
         finally:
             log.close()
-
-    def _windows(self) -> Iterator[list[PixelBatch]]:
-        """This rank's micro-batches of each optimizer step still to do."""
-        loop, data, world = self.plan.config.loop, self.plan.config.data, self.world
-        sampler = StepSampler(
-            first_step=self.step,
-            last_step=self.plan.total_steps,
-            rank=world.rank,
-            ranks=world.size,
-            micro_batch=loop.train_batch_size,
-            micro_steps=loop.gradient_accumulation_steps,
-        )
-        loader = iter(
-            make_loader(
-                self.pairs,
-                sampler,
-                workers=data.dataloader_num_workers,
-                prefetch=data.dataloader_prefetch,
-                pin_memory=world.device.type == "cuda",
-            )
-        )
-        for _ in range(self.step, self.plan.total_steps):
-            yield [next(loader) for _ in range(loop.gradient_accumulation_steps)]
-
-    def _agree(
-        self, window: list[PixelBatch], stop_requested: Callable[[], bool]
-    ) -> tuple[Verdict, list[str]]:
-        """What all ranks do with this window, and what is wrong with its samples on any rank."""
-        errors = [error for batch in window for error in batch.errors]
-        verdict = Verdict.STOP if stop_requested() else Verdict.GO
-        if errors:
-            may_skip = self.plan.config.data.on_bad_sample == "skip"
-            verdict = max(verdict, Verdict.SKIPPED if may_skip else Verdict.BAD_SAMPLE)
-        verdict = Verdict(self.world.highest(verdict))
-        if verdict in (Verdict.GO, Verdict.STOP):
-            return verdict, []
-        return verdict, [text for text in self.world.texts("; ".join(errors)) if text]
 
     def _data_parallel(self) -> nn.Module:
         """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled."""
@@ -264,35 +211,34 @@ class Run:
 
     def _load_state(self, resumed: Checkpoint) -> None:
         self.step = resumed.state["step"]
+        self.unet.load_state_dict(resumed.tensors["unet"])
         self.optimizer.load_state(resumed.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(resumed.tensors["ema"])
         self.loss_scale.scale.fill_(resumed.state["loss_scale"])
         self.loss_scale.good_steps.fill_(resumed.state["good_steps"])
 
-    def export(self, picture: Path | None, metrics: dict[str, float]) -> None:
+    def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
         with self.world.together():
             if self.world.is_main:
-                self._export(picture, metrics)
+                self._export(picture)
 
-    def _export(self, picture: Path | None, metrics: dict[str, float]) -> None:
+    def _export(self, picture: Path | None) -> None:
         plan, config = self.plan, self.plan.config
-        raw_weights = None
-        if self.ema is not None:
-            raw_weights = {name: value.clone() for name, value in self.unet.state_dict().items()}
+        vae, text_encoder = load_encoders(config.model)  # ours may be rounded to half precision
         with self.ema.in_place() if self.ema is not None else nullcontext():
             save_pipeline(
                 plan.output,
                 unet=self.unet,
                 components={
-                    "vae": self.encoders.vae,
-                    "text_encoder": self.encoders.text_encoder,
+                    "vae": vae,
+                    "text_encoder": text_encoder,
                     "tokenizer": plan.described.tokenizer,
                     "scheduler": plan.described.make_scheduler(),
                     **load_safety(config.model, torch.float32),
                 },
-                raw_weights=raw_weights,
+                raw_weights=self.ema.averages if self.ema is not None else None,  # exchanged
                 dtype=torch.float32,
             )
         model_card(
@@ -304,7 +250,6 @@ class Run:
             versions=versions(),
             steps=self.step,
             picture=picture,
-            metrics=metrics,
         )
         if config.output.push_to_hub:
             push(config.output, f"fusedit: step {self.step}")

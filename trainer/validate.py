@@ -86,8 +86,6 @@ class Validator:
             world,
         )
         self.pictures = _pictures(section, image, pairs, rows)
-        self.newest_picture: Path | None = None
-        self.newest_losses: dict[str, float] = {}
 
     def due(self, step: int, last_step: int) -> bool:
         wanted = bool(self.pictures or self.rows)
@@ -97,12 +95,15 @@ class Validator:
         """Logs the held-out losses and the grid of edits, by the EMA's weights if there are any."""
         with ema.in_place() if ema is not None else nullcontext():
             if self.rows:
-                self.newest_losses = self._held_out_losses()
-                log.scalars(step, self.newest_losses)
+                log.scalars(step, self._held_out_losses())
             if self.pictures:
                 edited = self._sample()
                 if self.world.is_main:
                     self._show(step, edited, log)
+
+    def newest_picture(self) -> Path | None:
+        """The last grid of this run, also of before it was resumed."""
+        return max(self.folder.glob("step-*.png"), default=None)
 
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
@@ -144,7 +145,6 @@ class Validator:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.png"
         sheet.save(path)
-        self.newest_picture = path
         log.image(step, "validation", sheet, f"step {step}")
 
 

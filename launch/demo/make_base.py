@@ -152,9 +152,9 @@ def train_text_to_image(
     average_unet, average_encoder = deepcopy(unet), deepcopy(text_encoder)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     averages = [*average_unet.parameters(), *average_encoder.parameters()]
-    optimizer, schedule = _optimizer(parameters, 1.5e-3, steps)
+    optimizer, schedule = _optimizer(parameters, 1e-3, steps)
     scheduler, started, total = DDPMScheduler(**SCHEDULE), time.monotonic(), 0.0
-    for step, rows in batches(len(latents), 32, steps):
+    for step, rows in batches(len(latents), 16, steps):
         dropped = torch.rand(len(rows), 1) < CAPTION_DROPOUT
         states = text_encoder(torch.where(dropped, empty, tokens[rows])).last_hidden_state
         loss = _diffusion_loss(unet, scheduler, latents[rows], states)
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--vae", type=Path, help="a trained VAE's folder, to skip its training")
-    parser.add_argument("--pairs", type=int, default=7000)
+    parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--vae_steps", type=int, default=2500)
     parser.add_argument("--unet_steps", type=int, default=4000)
     options = parser.parse_args()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -148,8 +149,9 @@ def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
 def _random_unet(folder: Path) -> Path:
     """The base's architecture with the weights that PyTorch starts from."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(BASE / "unet"))
-    unet.save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+    config: Any = UNet2DConditionModel.load_config(BASE / "unet")
+    unet: Any = UNet2DConditionModel.from_config(config)
+    unet.save_pretrained(folder)
     return folder
 
 
@@ -203,8 +205,8 @@ def _edit(
         positions = torch.arange(start, min(start + BATCH, len(pairs)))
         edits += edit_images(
             pipeline,
-            [pairs[i].original for i in positions],
-            [instructions[i] for i in positions],
+            [pair.original for pair in pairs[start : start + BATCH]],
+            instructions[start : start + BATCH],
             draw_normal(EVALUATION_SEED, Purpose.VALIDATION_NOISE, positions, (4, side, side)),
             steps=size.inference_steps,
             guidance_scale=GUIDANCE,

@@ -115,6 +115,14 @@ def test_a_run_leaves_a_pipeline_that_the_guides_snippet_loads(here):
     assert "--train_data_dir=data" in (out / "README.md").read_text()
 
 
+def test_half_precision_training_does_not_round_what_is_exported(here):
+    assert train.main(_flags(mixed_precision="bf16")) == 0
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        base, exported = (load_file(f"{at}/{part}.safetensors") for at in ("base", "out"))
+        for name, value in base.items():
+            assert torch.equal(exported[name], value), name
+
+
 def test_it_trains_as_many_steps_as_asked_and_resuming_adds_none(here):
     """At max_steps the reference trains one step more after a resume (defect 5)."""
     assert train.main(_flags(log_every=1)) == 0

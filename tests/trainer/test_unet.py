@@ -5,7 +5,7 @@ from tiny import save_tiny_pipeline
 
 from fusedit.trainer.config import ModelConfig
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.pretrained import check_resolution, describe, load_models
+from fusedit.trainer.pretrained import check_resolution, describe, load_unet
 from fusedit.trainer.unet import grow_conv_in
 
 
@@ -53,7 +53,7 @@ def test_an_8_channel_pipeline_is_gone_on_from(tmp_path):
     section = ModelConfig(pretrained_model_name_or_path=str(folder))
     assert describe(section).unet["in_channels"] == 8
     stored = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
-    for name, value in load_models(section).unet.state_dict().items():
+    for name, value in load_unet(section).state_dict().items():
         assert torch.equal(value, stored[name])
 
 
@@ -62,7 +62,7 @@ def test_another_unet_can_stand_in(tmp_path):
     other = save_tiny_pipeline(tmp_path / "other", in_channels=8)
     section = ModelConfig(pretrained_model_name_or_path=str(base), unet=str(other / "unet"))
     stored = UNet2DConditionModel.from_pretrained(other / "unet").conv_in.weight
-    assert torch.equal(load_models(section).unet.conv_in.weight, stored)
+    assert torch.equal(load_unet(section).conv_in.weight, stored)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""What README and CONTRIBUTING say is so: their commands parse, what they name exists."""
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+from torch.distributed.run import parse_args as parse_torchrun
+
+from fusedit.launch.demo.run import DemoFlags
+from fusedit.launch.edit import EditFlags
+from fusedit.launch.flags import TrainFlags, parse
+from fusedit.trainer.config import MAY_CHANGE, RunConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+FOLDERS = ("kernels", "trainer", "launch", "benchmarks", "tests", ".ci")
+TEXT = {name: (ROOT / name).read_text() for name in DOCUMENTS}
+SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
+TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(part)}
+TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
+OTHER_FLAGS = {field.name for cls in (EditFlags, DemoFlags) for field in dataclasses.fields(cls)}
+
+
+def blocks(language: str) -> list[str]:
+    return [
+        block
+        for text in TEXT.values()
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def commands() -> list[str]:
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    return [" ".join(line.split()) for block in joined for line in block.splitlines() if line]
+
+
+def outside_blocks(name: str) -> str:
+    return re.sub(r"^```.*?^```", "", TEXT[name], flags=re.DOTALL | re.MULTILINE)
+
+
+def check_command(words: list[str]) -> None:
+    """Raises, or exits, when a command could not be run as it is written."""
+    match words:
+        case ["fusedit", "train", "--help"]:
+            pass
+        case ["fusedit", "train", *flags]:
+            check_train(flags)
+        case ["torchrun", *rest]:
+            arguments = parse_torchrun(rest)
+            assert (arguments.module, arguments.training_script) == (True, "fusedit.launch.train")
+            check_train(arguments.training_script_args)
+        case ["fusedit", "edit", *flags]:
+            tyro.cli(EditFlags, args=flags, use_underscores=True)
+        case ["bash", ".ci/run", *_]:
+            assert (ROOT / ".ci/run").is_file()
+        case ["bash", "launch/demo.sh", *flags]:
+            tyro.cli(DemoFlags, args=flags, use_underscores=True)
+        case ["bash", "launch/test.sh", *_]:
+            assert (ROOT / "launch/test.sh").is_file()
+        case ["pip", "install", "-c", constraints, "-e", "."]:
+            assert (ROOT / constraints).is_file()
+        case ["export", assignment]:
+            assert re.fullmatch(r"\w+=[\w./-]+", assignment)
+        case _:
+            raise ValueError(f"this test knows no command {shlex.join(words)}")
+
+
+def check_train(flags: list[str]) -> None:
+    """The flags parse; a --config that is not in the repository stands for any."""
+    paths = [flags[i + 1] for i, flag in enumerate(flags) if flag == "--config"]
+    for path in paths:
+        if not (ROOT / path).exists():
+            assert Path(path).name == "run.toml"
+            at = flags.index("--config")
+            flags = flags[:at] + flags[at + 2 :]
+    if paths:
+        parse(flags)
+    else:
+        parse(flags).run.check_complete()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fusedit train --config launch/recipes/paper.toml --learning_rat 1",
+        "fusedit train --learning_rate 1",
+        "torchrun -m fusedit.launch.trains",
+        "torchrun --nproc=gpu -m fusedit.launch.train --resolution=no",
+        "fusedit edit model photo.jpg",
+        "bash launch/tests.sh",
+    ],
+)
+def test_a_wrong_command_is_seen(command):
+    with pytest.raises((SystemExit, AssertionError, ValueError)):
+        check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_a_snippet_compiles(snippet):
+    compile(snippet, "README.md", "exec")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_is_named_exists(name):
+    text = TEXT[name]
+    folders = "|".join(re.escape(folder) for folder in FOLDERS)
+    paths = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*", text))
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+    top = set(re.findall(r"(?<![\w/.-])(?:constraints\.txt|pyproject\.toml|setup\.py)", text))
+    assert not [path for path in paths | links | top if not (ROOT / path.rstrip(".")).exists()]
+    modules = set(re.findall(r"\bfusedit(?:\.[a-z_]+)+", text))
+    assert not [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_flag_that_is_named_is_taken(name):
+    flags = set(re.findall(r"(?<![\w-])--(\w+)", outside_blocks(name)))
+    assert flags <= TRAIN_FLAGS | OTHER_FLAGS | {"help"}
+
+
+def flags_between(start: str, end: str) -> list[str]:
+    section = TEXT["README.md"].split(start, 1)[1].split(end, 1)[0]
+    return sorted(re.findall(r"`--(\w+)`", section))
+
+
+def test_the_table_of_what_may_change_is_the_codes():
+    told = flags_between("What may change when a run goes on", "### The output folder")
+    assert told == sorted(name.split(".")[1] for name in MAY_CHANGE)
+
+
+def test_the_table_of_our_own_flags_is_the_codes():
+    source = (ROOT / "trainer/config.py").read_text()
+    ours = re.findall(r"^    (\w+): .*# ours: ", source, re.MULTILINE)
+    told = flags_between("Flags that the reference does not have", "`--held_out N`")
+    assert told == sorted([*ours, "config", "dry_run"])
+
+
+def test_no_machine_is_named():
+    home = str(ROOT.parent) + "/"
+    hosts = r"https?://(?:registry|files|deb)\."
+    assert not [name for name, text in TEXT.items() if home in text or re.search(hosts, text)]
