@@ -120,6 +120,15 @@ class _SilentLog(RunLog):
         pass
 
 
+SHOWN = {  # what the progress line tells, and how
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "gradient norm {:.3f}",
+    "images_per_second": "{:.1f} images/s",
+    "memory_gib": "{:.2f} GiB",
+}
+
+
 class Progress:
     """A live bar where stderr is a terminal, else one plain line at each call."""
 
@@ -131,7 +140,11 @@ class Progress:
         self._timed_from: tuple[int, float] | None = None  # step, seconds
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = "  ".join(
+            form.format(values[name]) for name, form in SHOWN.items() if name in values
+        )
+        if values.get("skipped_steps"):
+            text += f"  skipped {values['skipped_steps']:.0f} steps"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -66,8 +66,8 @@ def test_lines_of_progress_without_a_terminal(tmp_path, capsys):
     assert "\r" not in shown
     note, first, second = shown.splitlines()
     assert note == "hello"
-    assert first == "step 10/100  loss 0.1235  lr 5e-05"
-    assert second.startswith("step 20/100  loss 0.1  left 00:0")
+    assert first == "step 10/100  loss 0.1235  lr 5.00e-05"
+    assert second.startswith("step 20/100  loss 0.1000  left 00:0")
 
 
 def test_a_bar_in_a_terminal(tmp_path, capsys, monkeypatch):
