@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg
 from ..trainer.draws import Purpose, draw_normal
 from ..trainer.errors import UsageError
 from ..trainer.sample import edit_images, nearest_size, open_image
+from .train import quiet_libraries
 
 MISTAKE = 2
 
@@ -55,6 +56,7 @@ class EditFlags:
 
 def main(argv: list[str]) -> int:
     """Edits and returns the exit code: 0, or 2 for a mistake, told in one line."""
+    quiet_libraries()
     try:
         flags = tyro.cli(EditFlags, prog="fusedit edit", args=argv, use_underscores=True)
         edited = _edit(flags)
