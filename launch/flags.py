@@ -1,7 +1,7 @@
 """The command line: the sections of RunConfig as flat flags, over an optional TOML file."""
 
 import argparse
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,21 +27,22 @@ def parse(argv: list[str], quiet: bool = False) -> TrainFlags:
     Args:
         quiet: print nothing, as all ranks but the first.
 
-    Raises: UsageError: a value no section takes, or a --config that cannot be read.
+    Raises: UsageError: a --config that cannot be read.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     path = first.parse_known_args(argv)[0].config
-    default = TrainFlags(run=from_toml(path) if path else RunConfig(), config=path)
-    flags = tyro.cli(
+    return tyro.cli(
         TrainFlags,
         prog="fusedit train",
-        args=argv,
-        default=default,
+        # Apart, or the value counts when tyro looks for the nearest name.
+        args=[part for word in argv for part in _apart(word)],
+        default=TrainFlags(run=from_toml(path) if path else RunConfig(), config=path),
         use_underscores=True,
         console_outputs=not quiet,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    if flags.local_rank >= 0 and not quiet:
-        print("--local_rank is ignored: torchrun's LOCAL_RANK is used", file=sys.stderr)
-    return flags
+
+
+def _apart(word: str) -> list[str]:
+    """--name=value as two words, any other as it is."""
+    return word.split("=", 1) if re.match(r"--\w[\w-]*=", word) else [word]

@@ -4,6 +4,7 @@ Also `python -m fusedit.launch.train FLAGS`, which is one rank alone.
 Exit codes: 0 done, 2 a mistake the user can put right, 75 stopped by a signal after a checkpoint.
 """
 
+import errno
 import os
 import shlex
 import signal
@@ -17,18 +18,29 @@ from ..trainer.world import World
 from .flags import parse
 
 DONE, MISTAKE, STOPPED = 0, 2, 75  # 75: EX_TEMPFAIL, what schedulers requeue
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask the loop to stop after the step; a second one ends the process."""
+    """SIGTERM and SIGINT ask the loop to stop after the step; a second SIGINT ends the process.
+
+    A second SIGTERM does not: a scheduler tells a whole process group, and torchrun tells it again.
+    Until the loop first asks there is nothing to save, and a signal ends the process as ever.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self.asked = self.listening = False
+
+    def requested(self) -> bool:
+        """Whether the loop shall stop."""
+        if not self.listening:
+            self.listening = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._ask)
+        return self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = True
@@ -46,7 +58,7 @@ def make_world() -> World:
         # torchrun gives each process one thread; the ranks of a machine share its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return World(rank=rank, local_rank=local_rank, size=size)
-    if local_rank >= torch.cuda.device_count():
+    if local_size > torch.cuda.device_count():
         raise UsageError(
             f"--nproc-per-node {local_size} is more than the {torch.cuda.device_count()} GPUs here"
         )
@@ -73,25 +85,34 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         flags = parse(argv, quiet=rank != 0)
+        if flags.local_rank >= 0 and rank == 0:
+            print("--local_rank is ignored: torchrun's LOCAL_RANK is used", file=sys.stderr)
         from ..trainer.run import Ended, train  # seconds of imports, not needed to refuse a flag
 
         quiet_libraries()
         signals = StopSignals()
         world = make_world()
         world.start()
-        try:
-            ended = train(
-                flags.run,
-                world,
-                command=shlex.join(["fusedit", "train", *argv]),
-                stop_requested=lambda: signals.asked,
-                dry_run=flags.dry_run,
-            )
-        finally:
-            world.stop()
+        ended = train(
+            flags.run,
+            world,
+            command=shlex.join(["fusedit", "train", *argv]),
+            stop_requested=signals.requested,
+            dry_run=flags.dry_run,
+        )
+        world.stop()  # after an exception not: the others may wait in a collective
     except UsageError as error:
         if rank == 0:
             print(f"fusedit: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"fusedit: {error.filename or 'a file'} cannot be written: {error.strerror}; "
+            "what was written before still stands",
+            file=sys.stderr,
+        )
         return MISTAKE
     return DONE if ended is Ended.DONE else STOPPED
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
     if final.exists():
         if broken(final) is None:
             return final
-        final.rename(_free_name(root / f"{final.name}.broken"))  # kept for whoever wants to look
+        final.rename(_free_name(root / f"{final.name}.aside"))  # kept for whoever wants to look
     partial = root / f".{final.name}.partial"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,8 @@ def broken(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"it has format {manifest['format']}, this version reads {FORMAT}"
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != expected["bytes"]:
@@ -143,6 +146,14 @@ def clean(root: Path) -> None:
     for path in root.iterdir() if root.is_dir() else ():
         if HIDDEN.fullmatch(path.name):
             shutil.rmtree(path)
+
+
+def set_aside_later(root: Path, step: int) -> None:
+    """Renames checkpoints of later steps: they are broken, or of a course that is now left."""
+    for other in steps(root):
+        if other > step:
+            folder = root / f"checkpoint-{other}"
+            folder.rename(_free_name(root / f"{folder.name}.aside"))
 
 
 def delete_all(root: Path) -> None:
@@ -199,7 +210,8 @@ def _delete_older(root: Path, step: int, keep: int | None) -> None:
     if keep is not None:
         older = sorted((other for other in steps(root) if other < step), reverse=True)
         for other in older[keep - 1 :]:
-            _delete(root / f"checkpoint-{other}")
+            with suppress(OSError):  # one that cannot be deleted costs space, not the run
+                _delete(root / f"checkpoint-{other}")
 
 
 def _delete(folder: Path) -> None:

@@ -127,8 +127,9 @@ class OptimConfig:
         _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
         _at_least("adam_weight_decay", self.adam_weight_decay, 0)
         _at_least("adam_epsilon", self.adam_epsilon, 0)
-        _share("adam_beta1", self.adam_beta1)
-        _share("adam_beta2", self.adam_beta2)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be from 0 to below 1, got {getattr(self, name)}")
         _share("ema_decay", self.ema_decay)
         if not self.max_grad_norm > 0:
             raise UsageError(
@@ -192,10 +193,6 @@ class ValidationConfig:
         _at_least("validation_inference_steps", self.validation_inference_steps, 1)
         if self.validation_guidance_scale > 1:
             _at_least("validation_image_guidance_scale", self.validation_image_guidance_scale, 1)
-        if (self.val_image_url is None) != (self.validation_prompt is None):
-            raise UsageError(
-                "--val_image_url and --validation_prompt go together: give both or neither"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,9 +223,8 @@ class OutputConfig:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers asked for, in the order of TRACKERS."""
-        asked = self.report_to.split(",")
-        return tuple(name for name in TRACKERS if name in asked or "all" in asked)
+        """Names of the trackers asked for, in the order of TRACKERS; "all" is not among them."""
+        return tuple(name for name in TRACKERS if name in self.report_to.split(","))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,8 +286,12 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of settings that differ and are not in MAY_CHANGE; both as made by `flat`."""
-    return [name for name in new if name not in MAY_CHANGE and old.get(name) != new[name]]
+    """Names of settings that differ and are not in MAY_CHANGE; both as made by `flat`.
+
+    What an older version did not have cannot differ: it had what is now the default.
+    """
+    fixed = (name for name in new if name not in MAY_CHANGE and name in old)
+    return [name for name in fixed if old[name] != new[name]]
 
 
 def to_toml(config: RunConfig) -> str:
@@ -304,8 +304,11 @@ def to_toml(config: RunConfig) -> str:
     return tomli_w.dumps(tables)
 
 
-def from_toml(path: Path) -> RunConfig:
+def from_toml(path: Path, flag: str = "--config ") -> RunConfig:
     """Reads a run from TOML: flag names under their sections, or without any section.
+
+    Args:
+        flag: what a message calls the file by, before its path.
 
     Raises: UsageError: no such file, not TOML, an unknown name (with the nearest), a wrong type.
     """
@@ -313,10 +316,10 @@ def from_toml(path: Path) -> RunConfig:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except FileNotFoundError:
-        raise UsageError(f"--config {path}: there is no such file") from None
+        raise UsageError(f"{flag}{path}: there is no such file") from None
     except (tomllib.TOMLDecodeError, OSError) as error:
-        raise UsageError(f"--config {path}: {error}") from None
-    return from_values(values, source=f"--config {path}")
+        raise UsageError(f"{flag}{path}: {error}") from None
+    return from_values(values, source=f"{flag}{path}")
 
 
 def from_values(values: dict[str, Any], source: str) -> RunConfig:

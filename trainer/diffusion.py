@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from .errors import UsageError
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +29,12 @@ class Diffusion:
     ) -> "Diffusion":
         """From the config of any diffusers scheduler, the one saved with the pipeline.
 
-        Raises: UsageError: the pipeline predicts something else than epsilon or v.
+        Raises: ValueError: the pipeline predicts something not in PREDICTIONS.
         """
         scheduler: Any = DDPMScheduler.from_config(config)
         kind = scheduler.config["prediction_type"]
-        if kind not in ("epsilon", "v_prediction"):
-            raise UsageError(
-                f"the pipeline's scheduler has prediction_type {kind}; epsilon and v_prediction "
-                "can be trained"
-            )
+        if kind not in PREDICTIONS:
+            raise ValueError(f"prediction_type must be one of {PREDICTIONS}, got {kind}")
         alpha_bar = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)
         return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), kind, latent_scale)
 

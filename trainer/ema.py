@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+TOGETHER = 64  # tensors in one launch; their differences take memory for a moment
+
 
 class Ema:
     """Exponential moving average of parameters.
@@ -28,7 +30,12 @@ class Ema:
         """
         weight = (1.0 - min(self.decay, (1 + n) / (10 + n))) * applies.float()
         averages = list(self.averages.values())
-        torch._foreach_lerp_(averages, list(self.parameters.values()), [weight] * len(averages))
+        parameters: list[Tensor] = list(self.parameters.values())
+        for start in range(0, len(averages), TOGETHER):
+            chunk = averages[start : start + TOGETHER]
+            difference = torch._foreach_sub(parameters[start : start + TOGETHER], chunk)
+            torch._foreach_mul_(difference, weight)
+            torch._foreach_add_(chunk, difference)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

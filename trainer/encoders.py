@@ -55,8 +55,9 @@ class Encoders:
     @torch.no_grad()
     def encode(self, batch: PixelBatch) -> Samples:
         """Pixels and tokens of n pairs -> samples on the device."""
-        images = torch.cat((batch.edited, batch.original))  # [2 n, 3, height, width] uint8
-        images = images.to(self.device, non_blocking=True).float() / 127.5 - 1.0
+        pair = (batch.edited, batch.original)  # each pinned; what torch.cat makes would not be
+        images = torch.cat([image.to(self.device, non_blocking=True) for image in pair])
+        images = images.float() / 127.5 - 1.0  # [2 n, 3, height, width]
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         edited_mean, condition = posterior.mean.chunk(2)
         return Samples(

@@ -147,7 +147,7 @@ def model_card(
 
     Args:
         command: what was typed; secrets in it are masked.
-        base, dataset: hub names, or local folders, of which the card tells the last name alone.
+        base, dataset: hub names, or local folders, whose last names head the card.
         picture: PNG of edits; copied.
     """
     local_base, local_dataset = Path(base).exists(), Path(dataset).exists()

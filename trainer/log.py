@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .checkpoint import write_text
 from .trackers import open_tracker
 
 LOG_FILE = "log.jsonl"
@@ -59,7 +59,7 @@ class RunLog:
             for name in trackers
         }
         known.update({name: tracker.identity for name, tracker in self._trackers.items()})
-        _write_whole(identities, json.dumps(known))
+        write_text(identities, json.dumps(known))
         self._progress = Progress(total_steps, first_step)
 
     @staticmethod
@@ -182,13 +182,7 @@ def drop_lines_after(path: Path, step: int) -> None:
             continue
         if line_step <= step and step > 0:
             kept.append(line + "\n")
-    _write_whole(path, "".join(kept))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, "".join(kept))
 
 
 def memory_gib(device: torch.device) -> float:

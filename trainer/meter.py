@@ -27,7 +27,9 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside is not the loop's."""
+        """Time spent inside is not the loop's; steps that are still on their way are."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         since = time.perf_counter()
         yield
         self.started += time.perf_counter() - since

@@ -10,13 +10,14 @@ from .config import OptimConfig
 from .errors import UsageError
 
 
-def schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate at an optimizer step, from 0; one of diffusers' own."""
-    unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+def schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate at an optimizer step, from 0, by one of diffusers' schedules."""
+    unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
     made = get_scheduler(
         name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
-    return made.lr_lambdas[0]
+    factor = made.lr_lambdas[0]
+    return lambda step: peak * factor(step)
 
 
 class AdamW:
@@ -74,12 +75,14 @@ class AdamW:
         self.optimizer.step()
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        # Not to None: DDP's buckets hold the gradients, and accumulation would need a second copy.
+        self.optimizer.zero_grad(set_to_none=False)
 
     def state(self) -> dict[str, Tensor]:
         """{"parameter.moment": tensor}, for instance conv_in.weight.exp_avg."""
         return {
-            f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            # bitsandbytes shares quantization maps among parameters; safetensors takes no shares.
+            f"{name}.{key}": torch.as_tensor(value).clone() if self.eight_bit else value
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }

@@ -1,6 +1,7 @@
 """What a run will do, found out and checked before any weights are read."""
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checkpoint
-from .config import RunConfig, difference, flat, from_toml, to_toml
+from .config import TRACKERS, OutputConfig, RunConfig, difference, flat, from_toml, to_toml
 from .data import split_rows
 from .errors import UsageError
 from .optim import check_8bit
 from .pretrained import Described, check_resolution, describe
 from .rows import Rows, open_rows
 from .sample import open_image
-from .trackers import check_trackers
+from .trackers import check_trackers, is_installed
 from .world import World
 
 RUN_FILE = "run.toml"
@@ -38,6 +39,14 @@ class Plan:
     resume: Path | None  # the checkpoint to go on from
     validation_image: Image.Image | None  # --val_image_url, as training would see it
     notes: tuple[str, ...]  # for the user to read once
+
+    def facts(self) -> dict[str, int]:
+        """What all ranks must have found alike, or they would train different runs as one."""
+        return {
+            "checkpoints in --output_dir": step_of(self.resume),
+            "numbers of rows": len(self.rows),
+            "lengths in steps": self.total_steps,
+        }
 
     @property
     def output(self) -> Path:
@@ -75,6 +84,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     config = _with_machine_defaults(config, world)
     notes = _notes(config)
     check_trackers(config.output.trackers)
+    _check_output(config.output)
     if config.optim.use_8bit_adam:
         check_8bit(world.device.type)
     global_batch = config.loop.global_batch(world.size)
@@ -87,6 +97,12 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
     )
     steps_per_epoch = -(-len(train_rows) // global_batch)
+    total_steps = config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch
+    if step_of(resume) > total_steps:
+        raise UsageError(
+            f"{resume} has {step_of(resume)} steps behind it, this command asks for {total_steps}: "
+            "raise --max_train_steps, or --overwrite to start anew"
+        )
     return Plan(
         config=config,
         described=described,
@@ -95,7 +111,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         held_out_rows=held_out_rows,
         global_batch=global_batch,
         steps_per_epoch=steps_per_epoch,
-        total_steps=config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch,
+        total_steps=total_steps,
         resume=resume,
         validation_image=_validation_image(config),
         notes=(*notes, *passed_over),
@@ -103,29 +119,58 @@ def make_plan(config: RunConfig, world: World) -> Plan:
 
 
 def claim_output(plan: Plan) -> None:
-    """Writes run.toml; after --overwrite, removes the run that was there. Rank 0 alone calls it."""
-    if plan.config.output.overwrite:
-        checkpoint.delete_all(plan.output)
-        (plan.output / "log.jsonl").unlink(missing_ok=True)
-    checkpoint.clean(plan.output)
-    checkpoint.write_text(plan.output / RUN_FILE, to_toml(plan.config))
+    """Makes the output folder this run's. Rank 0 alone calls it.
+
+    After --overwrite what another run left is removed; a folder to log to is begun by the log.
+    """
+    output = plan.output
+    try:
+        if plan.config.output.overwrite:
+            (output / "model_index.json").unlink(missing_ok=True)
+            checkpoint.delete_all(output)
+            for name in ("validation", plan.config.output.logging_dir):
+                shutil.rmtree(output / name, ignore_errors=True)
+        checkpoint.clean(output)
+        checkpoint.set_aside_later(output, step_of(plan.resume))
+    except OSError as error:
+        raise UsageError(f"--output_dir {output} cannot be written: {error}") from None
+    checkpoint.write_text(output / RUN_FILE, to_toml(plan.config))
+
+
+def step_of(folder: Path | None) -> int:
+    """Optimizer steps behind a checkpoint; 0 where there is none."""
+    return int(checkpoint.read_state(folder)["step"]) if folder else 0
+
+
+def _check_output(section: OutputConfig) -> None:
+    output, logs = Path(section.output_dir), Path(section.output_dir, section.logging_dir)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output_dir {output} is a file; give a folder")
+    if logs.exists() and not logs.is_dir():
+        raise UsageError(f"--logging_dir {logs} is a file; give a folder's name")
 
 
 def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     precision = config.precision.mixed_precision
     on_gpu = world.device.type == "cuda"
     if precision is None:
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+        native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "no"
     if precision == "fp16" and not on_gpu:
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
+    report_to = config.output.report_to
+    if "all" in report_to.split(","):  # those that are installed
+        report_to = ",".join(name for name in TRACKERS if is_installed(name))
     return dataclasses.replace(
-        config, precision=dataclasses.replace(config.precision, mixed_precision=precision)
+        config,
+        precision=dataclasses.replace(config.precision, mixed_precision=precision),
+        output=dataclasses.replace(config.output, report_to=report_to),
     )
 
 
 def _validation_image(config: RunConfig) -> Image.Image | None:
     source, side = config.validation.val_image_url, config.data.resolution
-    if source is None:
+    if source is None or config.validation.validation_prompt is None:
         return None
     try:
         image = open_image(source)
@@ -143,8 +188,16 @@ def _notes(config: RunConfig) -> list[str]:
         )
     if config.model.non_ema_revision is not None:
         notes.append(
-            "--non_ema_revision is deprecated: it is taken as the UNet's --revision; "
-            "--variant non_ema is today's way"
+            "--non_ema_revision is deprecated: it is taken as the --revision of the UNet alone"
+        )
+    if (config.validation.val_image_url is None) != (config.validation.validation_prompt is None):
+        notes.append(
+            "--val_image_url and --validation_prompt go together: one alone shows no picture"
+        )
+    if config.output.resume_from_checkpoint not in (None, "latest"):
+        notes.append(
+            "--resume_from_checkpoint names a checkpoint: each start goes back to it; leave it out "
+            "to go on from the newest"
         )
     if config.conditioning.rates == (0.0, 0.0, 0.0):
         notes.append(
@@ -156,14 +209,12 @@ def _notes(config: RunConfig) -> list[str]:
 def _find_checkpoint(config: RunConfig, global_batch: int) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if any, after checking that it is of this same run."""
     output, asked = Path(config.output.output_dir), config.output.resume_from_checkpoint
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output_dir {output} is a file; give a folder")
     if config.output.overwrite:
         if asked is not None:
             raise UsageError("--overwrite starts anew: leave out --resume_from_checkpoint")
         return None, []
     if (output / RUN_FILE).exists():
-        _check_same_run(config, flat(from_toml(output / RUN_FILE)), output)
+        _check_same_run(config, flat(from_toml(output / RUN_FILE, flag="--output_dir: ")), output)
 
     if asked is None or asked == "latest":
         found, passed_over = checkpoint.newest(output)

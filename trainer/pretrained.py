@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .config import ModelConfig
+from .diffusion import PREDICTIONS
 from .errors import UsageError
 from .unet import grow_conv_in
 
@@ -40,8 +41,8 @@ class Described(NamedTuple):
 def describe(section: ModelConfig) -> Described:
     """Reads configurations and the tokenizer.
 
-    Raises: UsageError: no such folder or hub name, a part is missing, or the UNet takes neither 4
-        nor 8 channels.
+    Raises: UsageError: no such folder or hub name, a part is missing, the UNet takes neither 4 nor
+        8 channels, or it is a model that cannot be trained here.
     """
     unet = _read_config(section, "unet", "config.json")
     if unet.get("in_channels") not in CHANNELS:
@@ -50,10 +51,24 @@ def describe(section: ModelConfig) -> Described:
             f"{unet.get('in_channels')} input channels; 4 (text-to-image) or 8 (an InstructPix2Pix "
             "model to go on from) can be trained"
         )
+    if unet.get("addition_embed_type") is not None:
+        raise UsageError(
+            f"{section.pretrained_model_name_or_path} is an SDXL pipeline; so far Stable Diffusion "
+            "1.x and 2.x can be trained"
+        )
+    vae = _read_config(section, "vae", "config.json")
+    scheduler = _read_config(section, "scheduler", SCHEDULER_CONFIG_NAME)
+    if "block_out_channels" not in vae or "scaling_factor" not in vae:
+        raise UsageError(f"{section.pretrained_model_name_or_path}: vae/config.json is incomplete")
+    if scheduler.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise UsageError(
+            f"{section.pretrained_model_name_or_path}: its scheduler has prediction_type "
+            f"{scheduler['prediction_type']}; {' and '.join(PREDICTIONS)} can be trained"
+        )
     return Described(
         unet=unet,
-        vae=_read_config(section, "vae", "config.json"),
-        scheduler=_read_config(section, "scheduler", SCHEDULER_CONFIG_NAME),
+        vae=vae,
+        scheduler=scheduler,
         tokenizer=_load(CLIPTokenizer, section, "tokenizer"),
     )
 
@@ -110,19 +125,20 @@ def _read_config(section: ModelConfig, part: str, file: str) -> dict[str, Any]:
 
 
 def _load(cls: Any, section: ModelConfig, part: str) -> Any:
-    source, subfolder, own_unet = _place(section, part)
+    source, subfolder, _ = _place(section, part)
     options: dict[str, Any] = {
         "subfolder": subfolder or "",
         "revision": _revision(section, part),
         "cache_dir": section.cache_dir,
     }
     if cls is not CLIPTokenizer:
-        options["dtype" if cls is CLIPTextModel else "torch_dtype"] = torch.float32
-        options["variant"] = None if own_unet else section.variant
+        # The reference reads the UNet from its plain files, for they are what is trained.
+        options["variant"] = None if part == "unet" else section.variant
     try:
-        return cls.from_pretrained(source, **options)
+        loaded = cls.from_pretrained(source, **options)
     except (OSError, ValueError, TypeError) as error:
         raise _cannot_load(section, part, error) from None
+    return loaded.float() if isinstance(loaded, nn.Module) else loaded
 
 
 def _revision(section: ModelConfig, part: str) -> str | None:

@@ -174,8 +174,10 @@ def _image_column(
     table: datasets.Dataset, section: DataConfig, flag: str, where: str, folder: Path | None
 ) -> str:
     """The column that the flag names, or of its file names, once it is known to hold images."""
-    column = f"{getattr(section, flag)}_file_name"
-    if column not in table.column_names:
+    named = getattr(section, flag)
+    # `datasets` makes image of file_name, and x of x_file_name.
+    column = "file_name" if named == "image" else f"{named}_file_name"
+    if column not in table.column_names or named in table.column_names:
         column = _column(table, section, flag, where)
     kind = table.features[column]
     if _holds_text(table, column) and folder is not None:

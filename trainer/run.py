@@ -65,6 +65,7 @@ def train(
         plan = make_plan(config, world)
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
+    world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
     with world.together():
         run = Run(plan, world, command)
     if world.is_main:
@@ -119,7 +120,7 @@ class Run:
         config, world, plan = self.plan.config, self.world, self.plan
         loop, data, optim, output = config.loop, config.data, config.optim, config.output
         peak = optim.learning_rate * (plan.global_batch if optim.scale_lr else 1)
-        lr_factor = schedule(optim.lr_scheduler, optim.lr_warmup_steps, plan.total_steps)
+        lr_at = schedule(optim.lr_scheduler, peak, optim.lr_warmup_steps, plan.total_steps)
         model = self._data_parallel()
         validator = self._validator()
         log = self._open_log()
@@ -136,7 +137,7 @@ class Run:
                     return Ended.STOPPED
                 for message in messages:
                     log.note(f"skipped: {message}")
-                lr = peak * lr_factor(self.step)
+                lr = lr_at(self.step)
                 result = train_step(
                     model,
                     map(self.encoders.encode, window),
@@ -146,6 +147,7 @@ class Run:
                     self.ema,
                     self.loss_scale,
                     world,
+                    slots=plan.global_batch // world.size,
                     number=self.step + 1,
                     lr=lr,
                     max_grad_norm=optim.max_grad_norm,
@@ -163,7 +165,7 @@ class Run:
                     if self.step % output.checkpointing_steps == 0 or last:
                         self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
-            self.export(validator.newest_picture())
+            self.export(validator.newest_picture(self.step))
             log.note(f"done: {plan.output}")
             return Ended.DONE
         finally:
@@ -276,6 +278,8 @@ class Run:
             section.validation_steps or section.validation_epochs * plan.steps_per_epoch,
             plan.output / "validation",
             self.world,
+            batch_size=min(8, plan.config.loop.train_batch_size),
+            on_bad_sample=plan.config.data.on_bad_sample,
         )
 
     def _open_log(self) -> RunLog:

@@ -59,6 +59,7 @@ def train_step(
     loss_scale: LossScale,
     world: World,
     *,
+    slots: int,
     number: int,
     lr: float,
     max_grad_norm: float,
@@ -72,6 +73,7 @@ def train_step(
         model: the UNet, wrapped in DDP when there is more than one rank.
         micro_batches: this rank's share of the window, `micro_steps` of them, taken one by one.
         loss_fn: (model, samples) -> [n] fp32, the loss of each sample.
+        slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
         number: of this optimizer step, from 1.
         max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
     """
@@ -80,12 +82,12 @@ def train_step(
     for index, samples in enumerate(micro_batches, start=1):
         with nullcontext() if index == micro_steps else no_all_reduce(model):
             loss = (loss_fn(model, samples) * samples.weights).sum()
-            (loss * loss_scale.scale).backward()
+            (loss * (loss_scale.scale / slots)).backward()
         totals += torch.stack((loss.detach(), samples.weights.sum()))
     loss, count = world.sum(totals)
 
-    # DDP has divided by the ranks; the mean is over samples.
-    mean_factor = world.size / (count.clamp(min=1.0) * loss_scale.scale)
+    # DDP has divided by the ranks; the mean is over the samples of the window.
+    mean_factor = world.size * slots / (count.clamp(min=1.0) * loss_scale.scale)
     grad_norm = optimizer.grad_norm() * mean_factor
     finite = torch.isfinite(grad_norm)
     applied = finite & (count > 0)

@@ -30,12 +30,16 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def is_installed(name: str) -> bool:
+    """A plain folder called wandb or mlflow where Python starts is found too, without an origin."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raises UsageError, naming the cure, when a tracker's package is not installed."""
     for name in names:
-        spec = find_spec(name)
-        # A plain folder called wandb or mlflow where Python starts is found too, without an origin.
-        if spec is None or spec.origin is None:
+        if not is_installed(name):
             extra = "tensorboard" if name == "tensorboard" else f"'fusedit[{name}]'"
             raise UsageError(
                 f"--report_to {name}: the package {name} is not installed; pip install {extra}"

@@ -19,6 +19,7 @@ from .data import EditPairs, collate
 from .draws import Purpose, draw_normal
 from .ema import Ema
 from .encoders import Encoders
+from .errors import UsageError
 from .log import RunLog
 from .loss import HELD_OUT, EditLoss
 from .sample import edit_images, grid
@@ -44,7 +45,6 @@ class Picture(NamedTuple):
 
 
 HELD_OUT_PICTURES = 8  # held-out rows that are shown
-BATCH = 8  # pictures sampled, or rows whose loss is taken, at once
 
 
 class Validator:
@@ -57,6 +57,8 @@ class Validator:
         image: to edit by --validation_prompt, resolution x resolution, or None.
         every: optimizer steps between two validations.
         folder: where grids are written, step-000500.png.
+        batch_size: pictures sampled, or rows whose loss is taken, at once; guidance triples it.
+        on_bad_sample: what an unreadable held-out row does, stop or skip.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Validator:
         every: int,
         folder: Path,
         world: World,
+        batch_size: int,
+        on_bad_sample: str,
     ) -> None:
         self.section, self.pipeline, self.encoders, self.loss_fn = (
             section,
@@ -85,6 +89,7 @@ class Validator:
             folder,
             world,
         )
+        self.batch_size, self.on_bad_sample = batch_size, on_bad_sample
         self.pictures = _pictures(section, image, pairs, rows)
 
     def due(self, step: int, last_step: int) -> bool:
@@ -101,17 +106,25 @@ class Validator:
                 if self.world.is_main:
                     self._show(step, edited, log)
 
-    def newest_picture(self) -> Path | None:
-        """The last grid of this run, also of before it was resumed."""
-        return max(self.folder.glob("step-*.png"), default=None)
+    def newest_picture(self, step: int) -> Path | None:
+        """The last grid up to a step, also of before the run was resumed."""
+        steps = [int(path.stem.split("-")[1]) for path in self.folder.glob("step-*.png")]
+        newest = max((other for other in steps if other <= step), default=None)
+        return None if newest is None else self._grid_path(newest)
+
+    def _grid_path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.png"
 
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
         """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps."""
         mine = self.rows[self.world.rank :: self.world.size]
         totals = torch.zeros(len(CONDITIONS) + 1, device=self.world.device)
-        for start in range(0, len(mine), BATCH):
-            batch = collate([self.pairs.sample(row) for row in mine[start : start + BATCH]])
+        errors: list[str] = []
+        for start in range(0, len(mine), self.batch_size):
+            rows = mine[start : start + self.batch_size]
+            batch = collate([self.pairs.sample(row) for row in rows])
+            errors += batch.errors
             samples = self.encoders.encode(batch)
             for index, drops in enumerate(CONDITIONS.values()):
                 drop_text, drop_image = (
@@ -122,6 +135,9 @@ class Validator:
                     self.loss_fn.error(self.pipeline.unet, given) * samples.weights
                 ).sum()
             totals[-1] += samples.weights.sum()
+        if self.world.highest(bool(errors)) and self.on_bad_sample == "stop":
+            told = next(text for text in self.world.texts("; ".join(errors)) if text)
+            raise UsageError(f"held out: {told}; --on_bad_sample skip goes on without it")
         *sums, count = self.world.sum(totals).tolist()
         return {
             f"held_out/{name}": total / max(count, 1.0)
@@ -137,14 +153,14 @@ class Validator:
             steps=self.section.validation_inference_steps,
             guidance_scale=self.section.validation_guidance_scale,
             image_guidance_scale=self.section.validation_image_guidance_scale,
+            batch_size=self.batch_size,
         )
 
     def _show(self, step: int, edited: list[Image.Image], log: RunLog) -> None:
         rows = [(p.original, e, p.truth) for p, e in zip(self.pictures, edited, strict=True)]
         sheet = grid(rows, [p.instruction for p in self.pictures], ("input", "edit", "truth"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:06d}.png"
-        sheet.save(path)
+        sheet.save(self._grid_path(step))
         log.image(step, "validation", sheet, f"step {step}")
 
 
@@ -180,6 +196,7 @@ def sample_pictures(
     steps: int,
     guidance_scale: float,
     image_guidance_scale: float,
+    batch_size: int,
 ) -> list[Image.Image]:
     """The edits of all pictures, of one size, made by all ranks, in order and on every rank."""
     width, height = pictures[0].original.size
@@ -187,8 +204,8 @@ def sample_pictures(
     mine = pictures[world.rank :: world.size]
     each = -(-len(pictures) // world.size)  # ranks with fewer pictures send black ones along
     edited: list[Image.Image] = []
-    for start in range(0, len(mine), BATCH):
-        chunk = mine[start : start + BATCH]
+    for start in range(0, len(mine), batch_size):
+        chunk = mine[start : start + batch_size]
         positions = torch.tensor([picture.noise_position for picture in chunk])
         edited += edit_images(
             pipeline,

@@ -86,6 +86,14 @@ class World:
         mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         return [bytes(t.tolist()).rstrip(b"\0").decode(errors="ignore") for t in self.gather(mine)]
 
+    def check_same(self, facts: dict[str, int], cure: str) -> None:
+        """Raises UsageError on all ranks when they see different facts, which it names."""
+        everyones = self.gather(torch.tensor(list(facts.values())))
+        for index, name in enumerate(facts):
+            seen = [int(one[index]) for one in everyones]
+            if len(set(seen)) > 1:
+                raise UsageError(f"the ranks see different {name}: {seen}; {cure}")
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """A stage that all ranks end alike: a UsageError of one is raised on every one of them.

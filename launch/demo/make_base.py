@@ -1,9 +1,9 @@
-"""Trains the demo's base: a text-to-image pipeline of 2 M parameters that knows the demo's world.
+"""Trains the demo's base: a text-to-image pipeline of 2.7 M parameters that knows the demo's world.
 
-`python -m fusedit.launch.demo.make_base launch/demo/base` wrote the folder that ships with fusedit:
-a VAE of factor 4, a CLIP text encoder with its tokenizer and a UNet of four input channels, in
-diffusers' format, trained for three quarters of an hour on two CPU cores. `--vae FOLDER` takes the
-VAE of an earlier run; few `--vae_steps`, `--unet_steps` and `--pairs` try the script in a minute.
+`OMP_NUM_THREADS=1 python -m fusedit.launch.demo.make_base launch/demo/base` wrote the folder that
+ships with fusedit: a VAE of factor 4, a CLIP text encoder with its tokenizer and a UNet of four
+input channels, in diffusers' format. One busy core took 14 minutes for the VAE and 15 for the rest.
+`--vae FOLDER` takes the VAE of an earlier run; few steps and pairs try the script in a minute.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .base_parts import TOKENS, build_text_encoder, build_tokenizer, build_unet, build_vae
 from .world import make_pair
 
-TRAIN_SEED, HELD_OUT_SEED = 1, 2  # sequences of the world; the demo's own pairs are sequence 0
+TRAIN_SEED, HELD_OUT_SEED = 1, 2  # sequences of the world that the demo itself must not use
 CAPTION_DROPOUT = 0.1
 SCHEDULE = {  # Stable Diffusion's, with zero terminal SNR: few steps reach far, whatever the input
     "beta_start": 0.00085,

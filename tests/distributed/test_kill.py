@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -96,6 +97,27 @@ def test_sigterm_ends_in_a_checkpoint_and_code_75(inputs, tmp_path):
     assert "the same command goes on from here" in ranks.output()
     run(2, flags, tmp_path / "stopped.log")
     assert _state(stopped) == _state(whole)
+
+
+@pytest.mark.parametrize("on_bad_sample", ["skip", "stop"])
+def test_all_ranks_do_alike_when_one_meets_a_bad_image(inputs, tmp_path, on_bad_sample):
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(inputs / "data", data)
+    image = sorted(data.glob("*_edited.png"))[3]
+    image.write_bytes(image.read_bytes()[:-40])
+    flags = _flags(inputs, output, 2, "--held_out=0", f"--on_bad_sample={on_bad_sample}")
+    ranks = Ranks(2, [*flags, f"--train_data_dir={data}"], tmp_path / "log")
+    codes = ranks.wait()
+    told = [line for line in ranks.output().splitlines() if image.name in line]
+    if on_bad_sample == "skip":
+        assert codes == [0, 0], ranks.output()
+        assert told
+        assert all(line.startswith("skipped: row") for line in told)
+    else:
+        assert codes == [2, 2], ranks.output()
+        assert len(told) == 1
+        assert told[0].startswith("fusedit: row")
+        assert "Traceback" not in ranks.output()
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_batch(inputs, tmp_path):

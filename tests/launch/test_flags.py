@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_dataset, save_tiny_pipeline
 
+from fusedit.launch import train
 from fusedit.launch.flags import parse
 from fusedit.trainer.config import ModelConfig, RunConfig, from_toml
 from fusedit.trainer.errors import UsageError
@@ -194,7 +195,6 @@ def test_a_switch_that_the_file_turns_on_can_be_turned_off(tmp_path):
     assert not parse_settings("--config", path, "--no_random_flip")["random_flip"]
 
 
-@pytest.mark.xfail(strict=True, reason="tyro's FlagCreatePairsOff in flags.py drops --random_flip")
 def test_a_switch_that_the_file_turns_on_may_be_given_again(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("random_flip = true")
@@ -210,18 +210,13 @@ def test_a_file_that_is_not_there_is_the_users_mistake():
     ("misspelt", "nearest"),
     [
         ("--learning_rat=1e-4", "--learning_rate"),
-        pytest.param(
-            "--lr_schedular=constant",
-            "--lr_scheduler",
-            marks=pytest.mark.xfail(strict=True, reason="tyro compares with the value attached"),
-        ),
+        ("--lr_schedular=constant", "--lr_scheduler"),
         ("--conditioning_dropout=0.05", "--conditioning_dropout_prob"),
         ("--random_flips", "--random_flip"),
     ],
 )
 def test_an_unknown_flag_names_its_nearest_neighbour(capsys, misspelt, nearest):
-    message = refusal(capsys, misspelt)
-    assert f"Perhaps you meant: {nearest} " in message
+    assert re.search(rf"Perhaps you meant: {nearest}[ ,]", refusal(capsys, misspelt))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +229,6 @@ def test_an_unknown_flag_names_its_nearest_neighbour(capsys, misspelt, nearest):
         ("--conditioning_dropout_prob=0.5", "lower --conditioning_dropout_prob"),
         ("--train_batch_size=0", "--train_batch_size must be 1 or more, got 0"),
         ("--report_to=comet_ml", "--report_to knows tensorboard, wandb, mlflow, trackio"),
-        ("--val_image_url=x.png", "--val_image_url and --validation_prompt go together"),
         ("--random_flip=yes", "Unrecognized options: yes"),
     ],
 )
@@ -260,9 +254,9 @@ def test_help_lists_every_flag_with_a_line_about_it(capsys):
 
 def test_local_rank_says_what_happens_instead(capsys):
     assert parse_settings("--local_rank=1")["local_rank"] == 1
-    assert capsys.readouterr().err == "--local_rank is ignored: torchrun's LOCAL_RANK is used\n"
-    parse(["--local_rank=1"], quiet=True)
-    assert capsys.readouterr().err == ""
+    assert train.main(["--local_rank=1"]) == 2  # for a model is missing
+    told = capsys.readouterr().err.splitlines()
+    assert told.count("--local_rank is ignored: torchrun's LOCAL_RANK is used") == 1
 
 
 def test_other_flags_that_lost_their_point_say_so_in_the_plan(tmp_path):
@@ -279,7 +273,7 @@ def test_other_flags_that_lost_their_point_say_so_in_the_plan(tmp_path):
 
     assert notes() == ""
     assert "SDPA" in notes("--enable_xformers_memory_efficient_attention")
-    assert "taken as the UNet's --revision" in notes("--non_ema_revision=main")
+    assert "taken as the --revision of the UNet alone" in notes("--non_ema_revision=main")
 
 
 def test_the_papers_recipe_is_the_papers():

@@ -150,9 +150,21 @@ def test_dry_run_says_the_plan_and_writes_nothing(here, capfd):
 
 
 def test_overwrite_starts_anew(here):
-    assert train.main(_flags(max_train_steps=1)) == 0
-    assert train.main(_flags("--overwrite", learning_rate=1e-3)) == 0
+    looked_at = {"held_out": 2, "validation_inference_steps": 1}
+    assert train.main(_flags(**looked_at, max_train_steps=3)) == 0
+    assert train.main(_flags("--overwrite", **looked_at, learning_rate=1e-3)) == 0
     assert checkpoint.steps(here / "out") == [2]
+    [picture] = (here / "out" / "validation").iterdir()
+    assert (here / "out" / "edits.png").read_bytes() == picture.read_bytes()
+
+
+def test_turning_back_to_a_named_checkpoint_leaves_no_later_one(here):
+    whole = _flags(max_train_steps=3, checkpointing_steps=1, lr_scheduler="linear")
+    assert train.main(whole) == 0
+    longer = ["--max_train_steps=4", "--resume_from_checkpoint=checkpoint-1"]
+    assert train.main([*whole, *longer]) == 0
+    assert (here / "out" / "checkpoint-3.aside-1").is_dir()
+    assert max(checkpoint.steps(here / "out")) == 4
 
 
 def test_an_unreadable_image_can_be_skipped(here, capfd):
@@ -187,8 +199,8 @@ def _truncate(here: Path) -> None:
         ({"pretrained_model_name_or_path": "data"}, "data has no folder unet"),
         ({"train_data_dir": None}, "--dataset_name or --train_data_dir is missing"),
         ({"train_data_dir": "nowhere"}, "nowhere"),
-        ({"original_image_column": "before"}, "before"),
-        ({"edit_prompt_column": "words"}, "edit_prompt"),
+        ({"original_image_column": "before"}, "there: input_image, edited_image, edit_prompt"),
+        ({"edit_prompt_column": "words"}, "has no column words, set --edit_prompt_column"),
         ({"dataset_split": "validation"}, "train"),
         ({"max_train_samples": 9}, "--max_train_samples 9 is above the 8 rows"),
         ({"held_out": 8}, "--held_out 8 leaves none of the dataset's 8 rows"),
@@ -209,6 +221,40 @@ def test_a_mistake_is_told_in_one_line_before_weights_load(here, capfd, changes,
         weights.unlink()
     assert message in _mistake(capfd, _flags(**changes))
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("unet", '"addition_embed_type": null', '"addition_embed_type": "text_time"', "SDXL"),
+        ("vae", '"scaling_factor"', '"scaling"', "vae/config.json is incomplete"),
+        ("scheduler", '"epsilon"', '"sample"', "prediction_type sample; epsilon and v_prediction"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_trained(here, capfd, file, old, new, message):
+    [config] = (here / "base" / file).glob("*config.json")
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    assert message in _mistake(capfd, _flags())
+
+
+def test_a_file_where_logs_should_go(here, capfd):
+    (here / "out").mkdir()
+    (here / "out" / "logs").touch()
+    assert "--logging_dir out/logs is a file" in _mistake(capfd, _flags())
+
+
+def test_fewer_steps_than_are_done(here, capfd):
+    assert train.main(_flags()) == 0
+    assert "checkpoint-2 has 2 steps behind it" in _mistake(capfd, _flags(max_train_steps=1))
+
+
+def test_an_unreadable_held_out_row_stops_or_is_skipped(here, capfd):
+    for image in (here / "data").glob("*_edited.png"):
+        image.write_bytes(image.read_bytes()[:-40])
+    unread = {"held_out": 7, "max_train_steps": 1, "train_batch_size": 1}
+    assert train.main(_flags(**unread, on_bad_sample="skip")) == 0
+    assert "row" in _mistake(capfd, _flags(**unread, output_dir="stopped"))
 
 
 def test_an_empty_dataset(here, capfd):
@@ -258,6 +304,15 @@ def test_no_space_left(here, capfd, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert "no space is left on the disk" in _mistake(capfd, _flags())
     assert checkpoint.steps(here / "out") == []
+
+
+def test_no_space_left_for_anything_else(here, capfd, monkeypatch):
+    def full(image, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    line = _mistake(capfd, _flags(held_out=2, validation_inference_steps=1))
+    assert "step-000002.png cannot be written: No space left on device" in line
 
 
 @pytest.mark.parametrize("by", ["fusedit", "torchrun's variables"])

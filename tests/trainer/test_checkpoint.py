@@ -107,7 +107,34 @@ def test_a_broken_later_one_does_not_push_out_what_is_whole(tmp_path):
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-5"
     _save(tmp_path, 10, keep=1)
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-10"
-    assert (tmp_path / "checkpoint-10.broken-1").is_dir()
+    assert (tmp_path / "checkpoint-10.aside-1").is_dir()
+
+
+def test_later_ones_are_set_aside_when_a_run_turns_back(tmp_path):
+    for step in (2, 4, 6):
+        _save(tmp_path, step)
+    checkpoint.set_aside_later(tmp_path, 2)
+    assert _names(tmp_path) == ["checkpoint-2", "checkpoint-4.aside-1", "checkpoint-6.aside-1"]
+    _save(tmp_path, 4, value=9)
+    assert checkpoint.read(tmp_path / "checkpoint-4").tensors["unet"]["w"][0, 0] == 9
+
+
+def test_a_deletion_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+
+    def refuse(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(checkpoint, "_delete", refuse)
+    _save(tmp_path, 2, keep=1)
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoint-2"
+
+
+def test_another_format_is_not_read(tmp_path):
+    folder = _save(tmp_path, 1)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    assert checkpoint.broken(folder) == "it has format 2, this version reads 1"
 
 
 def test_what_a_kill_leaves_is_cleaned(tmp_path):

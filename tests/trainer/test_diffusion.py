@@ -3,7 +3,6 @@ import torch
 from diffusers import DDPMScheduler
 
 from fusedit.trainer.diffusion import Diffusion
-from fusedit.trainer.errors import UsageError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -29,5 +28,5 @@ def test_zero_terminal_snr_ends_in_pure_noise():
 
 
 def test_another_prediction_is_refused():
-    with pytest.raises(UsageError, match="prediction_type sample"):
+    with pytest.raises(ValueError, match="got sample"):
         Diffusion.from_scheduler(SD | {"prediction_type": "sample"}, 1.0, torch.device("cpu"))

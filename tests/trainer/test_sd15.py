@@ -73,6 +73,7 @@ def test_one_real_step():
         None,
         LossScale(False, torch.device("cpu")),
         World(),
+        slots=2,
         number=1,
         lr=1e-4,
         max_grad_norm=1.0,

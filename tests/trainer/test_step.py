@@ -1,10 +1,13 @@
 import copy
+from typing import get_args
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusedit.trainer.config import OptimConfig
+from fusedit.trainer.config import LrScheduler, OptimConfig
 from fusedit.trainer.ema import Ema
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
@@ -53,6 +56,7 @@ class _Job:
             self.ema,
             self.scale,
             World(),
+            slots=8,
             number=self.number,
             lr=self.lr,
             max_grad_norm=max_grad_norm,
@@ -176,9 +180,33 @@ def test_optimizer_state_goes_on_where_it_was():
 
 
 def test_schedules_are_diffusers_and_counted_in_optimizer_steps():
-    linear = schedule("linear", 10, 110)
-    assert [linear(step) for step in (0, 5, 10, 60, 110)] == [0.0, 0.5, 1.0, 0.5, 0.0]
-    assert schedule("constant", 500, 1000)(0) == 1.0
+    linear = schedule("linear", 2.0, 10, 110)
+    assert [linear(step) for step in (0, 5, 10, 60, 110)] == [0.0, 1.0, 2.0, 1.0, 0.0]
+    assert schedule("constant", 1.0, 500, 1000)(0) == 1.0
+
+
+@pytest.mark.parametrize("name", get_args(LrScheduler))
+def test_each_schedule_is_diffusers_at_its_own_peak(name):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-4)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=10, num_training_steps=100)
+    ours = schedule(name, 1e-4, 10, 100)
+    for step in range(101):
+        assert ours(step) == theirs.get_last_lr()[0], step
+        optimizer.step()
+        theirs.step()
+
+
+def test_8bit_state_can_be_saved_though_bitsandbytes_shares_its_maps(tmp_path):
+    job = _Job()
+    job.optimizer.eight_bit = True
+    shared = torch.arange(4.0)
+    for parameter in job.model.parameters():
+        job.optimizer.optimizer.state[parameter] = {"step": 3, "qmap1": shared}
+    save_file(job.optimizer.state(), tmp_path / "optimizer.safetensors")
+    job.optimizer.load_state(load_file(tmp_path / "optimizer.safetensors"))
+    state = job.optimizer.optimizer.state[next(job.model.parameters())]
+    assert state["step"] == 3
+    assert torch.equal(state["qmap1"], shared)
 
 
 def test_8bit_moments_are_refused_on_a_cpu():

@@ -64,6 +64,19 @@ def test_a_mistake_of_one_rank_is_raised_on_all():
         raise UsageError("no space")
 
 
+def _see(world):
+    try:
+        world.check_same({"steps": 4, "rows": 8 + world.rank // 2}, "share the folder")
+    except UsageError as error:
+        return str(error)
+    return "the same"
+
+
+def test_ranks_that_see_different_things_say_which():
+    assert _on_ranks(2, _see) == ["the same"] * 2
+    assert _on_ranks(3, _see) == ["the ranks see different rows: [8, 8, 9]; share the folder"] * 3
+
+
 def test_other_exceptions_are_not_swallowed():
     with pytest.raises(ZeroDivisionError), World().together():
         print(1 / 0)
