@@ -1,5 +1,8 @@
 """The untrained parts of the demo's base, small enough for two CPU cores and for the repository."""
 
+# diffusers and transformers take and return more than their annotations say.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from collections import Counter
 from itertools import pairwise
 

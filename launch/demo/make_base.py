@@ -6,6 +6,9 @@ input channels, in diffusers' format. One busy core took 14 minutes for the VAE 
 `--vae FOLDER` takes the VAE of an earlier run; few steps and pairs try the script in a minute.
 """
 
+# diffusers and transformers take and return more than their annotations say.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import argparse
 import shutil
 import time
