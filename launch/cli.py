@@ -33,9 +33,11 @@ def main(argv: list[str] | None = None) -> int:
         from .demo import run
 
         return run.main(rest)
-    wants_help = command in ("-h", "--help")
-    print(USAGE if wants_help else f"fusedit: no command {command}\n{USAGE}", file=sys.stderr)
-    return 0 if wants_help else 2
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    print(f"fusedit: no command {command}\n{USAGE}", file=sys.stderr)
+    return 2
 
 
 def train(argv: list[str]) -> int:

@@ -199,6 +199,7 @@ def _trained_vae(options: argparse.Namespace, images: Tensor) -> AutoencoderKL:
     held_out, _ = world_images(HELD_OUT_SEED, 50)
     if options.vae:
         vae = AutoencoderKL.from_pretrained(options.vae).requires_grad_(False)
+        vae.register_to_config(_name_or_path="")  # else the path of this machine is saved
     else:
         vae = train_vae(images, held_out, options.vae_steps)
     print(f"vae reconstructs at {reconstruction_psnr(vae, held_out):.2f} dB", flush=True)

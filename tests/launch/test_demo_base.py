@@ -1,5 +1,6 @@
 """The demo's base pipeline as it is committed: a diffusers folder, small, and good enough."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,9 @@ def test_the_world_is_what_the_base_was_trained_on(pipeline):
                 (pipeline.unet(noisy, timesteps, states).sample - velocity).square().mean()
             )
     assert losses[0] < 0.8 * losses[1]
+
+
+def test_it_names_no_path_of_the_machine_it_was_made_on():
+    for file in FOLDER.rglob("config.json"):
+        named = json.loads(file.read_text()).get("_name_or_path", "")
+        assert not named.startswith("/"), file
