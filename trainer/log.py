@@ -124,7 +124,7 @@ SHOWN = {  # what the progress line tells, and how
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "gradient norm {:.3f}",
-    "images_per_second": "{:.1f} images/s",
+    "images_per_second": "{:.3g} images/s",
     "memory_gib": "{:.2f} GiB",
 }
 
