@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from ..trainer.config import RunConfig, from_toml
+from ..trainer.config import RunConfig
+from ..trainer.settings import from_toml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

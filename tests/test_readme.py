@@ -13,7 +13,8 @@ from torch.distributed.run import parse_args as parse_torchrun
 from fusedit.launch.demo.run import DemoFlags
 from fusedit.launch.edit import EditFlags
 from fusedit.launch.flags import TrainFlags, parse
-from fusedit.trainer.config import MAY_CHANGE, RunConfig
+from fusedit.trainer.config import RunConfig
+from fusedit.trainer.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -10,13 +10,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checkpoint
-from .config import TRACKERS, OutputConfig, RunConfig, difference, flat, from_toml, to_toml
+from .config import TRACKERS, OutputConfig, RunConfig
 from .data import split_rows
 from .errors import UsageError
 from .optim import check_8bit
 from .pretrained import Described, check_resolution, describe
 from .rows import Rows, open_rows
 from .sample import open_image
+from .settings import difference, flat, from_toml, to_toml
 from .trackers import check_trackers, is_installed
 from .world import World
 

@@ -4,11 +4,8 @@ A row is one pair and its instruction. Images are decoded here and not by `datas
 unreadable image is one bad row, told by its name.
 """
 
-import io
 import json
 import re
-import struct
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +14,11 @@ from typing import Any, Protocol, TypeVar, cast
 import datasets
 import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetsError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .config import DataConfig
 from .errors import UsageError
+from .images import load_image
 
 Found = TypeVar("Found")
 
@@ -31,19 +29,6 @@ METADATA_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # builder of `datas
 }
 LEAVES_FOLDER = r"^/|(^|/)\.\.(/|$)"  # a path that is absolute or climbs
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"  # name or owner/name
-DECODE_ERRORS = (  # what Pillow raises for broken files
-    OSError,
-    ValueError,
-    SyntaxError,
-    RuntimeError,
-    TypeError,
-    LookupError,
-    EOFError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class BadSample(Exception):
@@ -54,35 +39,6 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return ": ".join(self.args)
-
-
-def load_image(source: bytes | Path) -> Image.Image:
-    """A whole image as 8-bit RGB, turned upright as its EXIF says; transparency is dropped.
-
-    Grey of 16 bits is scaled, not clipped; grey of floats is taken as 0 to 1.
-
-    Raises: ValueError: missing, not an image, truncated, or its values are out of range.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
-    except UnidentifiedImageError:
-        raise ValueError("it is no image, or of a kind that Pillow does not read") from None
-    except DECODE_ERRORS as error:
-        raise ValueError(f"it cannot be decoded: {error}") from error
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (modes I and I;16) or of floats (F) as mode L; other modes as they are."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    white = 1.0 if image.mode == "F" else 65535.0
-    values = np.asarray(image, dtype=np.float64) / white
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(f"grey of mode {image.mode} with values outside 0 to {white:g}")
-    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 class Rows(Protocol):

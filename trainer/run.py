@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .config import PrecisionConfig, RunConfig, flat
+from .config import PrecisionConfig, RunConfig
 from .data import EditPairs, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
@@ -27,6 +27,7 @@ from .optim import AdamW, schedule
 from .plan import Plan, claim_output, make_plan
 from .pretrained import load_encoders, load_unet
 from .sample import build_pipeline
+from .settings import flat
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .validate import Validator

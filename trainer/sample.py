@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .errors import UsageError
-from .rows import load_image
+from .images import load_image
 
 DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 64 * 2**20  # the largest image fetched

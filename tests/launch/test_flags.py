@@ -11,9 +11,10 @@ from tiny import save_tiny_dataset, save_tiny_pipeline
 
 from fusedit.launch import train
 from fusedit.launch.flags import parse
-from fusedit.trainer.config import ModelConfig, RunConfig, from_toml
+from fusedit.trainer.config import ModelConfig, RunConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.plan import make_plan
+from fusedit.trainer.settings import from_toml
 from fusedit.trainer.world import World
 
 ROOT = Path(__file__).parents[2]

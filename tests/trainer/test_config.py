@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 
 from fusedit.trainer.config import (
-    MAY_CHANGE,
     ConditioningConfig,
     DataConfig,
     LoopConfig,
@@ -11,12 +10,9 @@ from fusedit.trainer.config import (
     OutputConfig,
     RunConfig,
     ValidationConfig,
-    difference,
-    flat,
-    from_toml,
-    to_toml,
 )
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.settings import MAY_CHANGE, difference, flat, from_toml, to_toml
 
 
 def _read(tmp_path, text):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from fusedit.trainer.config import DataConfig
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.rows import BadSample, load_image, open_rows
+from fusedit.trainer.images import load_image
+from fusedit.trainer.rows import BadSample, open_rows
 
 COUNT = 3
 SIZE = (6, 4)  # width, height
