@@ -73,7 +73,11 @@ def _rank(rank: int, size: int, port: int, flags: list[str], log: str, threads: 
     from fusedit.launch import train
 
     torch.set_num_threads(threads)
-    with open(log, "a") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+    with (
+        open(log, "a", buffering=1) as file,
+        contextlib.redirect_stderr(file),
+        contextlib.redirect_stdout(file),
+    ):
         code = train.main(flags)
         sys.stderr.flush()
     os._exit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 from ranks import Ranks, run
 from tiny import save_tiny_dataset, save_tiny_pipeline
 
-STEPS = 14
+STEPS, KILLS = 20, 5
 STATE = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
@@ -58,20 +59,34 @@ def _log(output):
     return [(line["step"], *(line.get(name) for name in keep)) for line in lines]
 
 
+def _start_and_await(size, flags, output, log, step):
+    """Starts the ranks and returns them once they have logged this step, or a later one."""
+    told_in = output / "log.jsonl"
+    before = told_in.stat().st_ino if told_in.exists() else None
+    ranks = Ranks(size, flags, log)
+    while True:
+        assert all(process.is_alive() for process in ranks.processes), ranks.output()
+        # A run that goes on rewrites the log: until then it tells of the run before.
+        if told_in.exists() and told_in.stat().st_ino != before:
+            told = re.findall(r'"step": (\d+)', told_in.read_text())
+            if told and int(told[-1]) >= step:
+                return ranks
+        time.sleep(0.002)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_killed_at_random_it_ends_in_the_same_bits(inputs, tmp_path, ranks):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
     run(ranks, _flags(inputs, whole, ranks), tmp_path / "whole.log")
-    length_s = time.monotonic() - started
     chance = random.Random(ranks)
     flags = _flags(inputs, killed, ranks)
-    for _ in range(5):
-        victims = Ranks(ranks, flags, tmp_path / "killed.log")
-        time.sleep(chance.uniform(0.3, 1.0) * length_s)
+    for step in sorted(chance.sample(range(1, STEPS), KILLS)):
+        victims = _start_and_await(ranks, flags, killed, tmp_path / "killed.log", step)
+        time.sleep(chance.uniform(0.0, 0.06))  # within a step, a validation or a save
         victims.kill(chance.sample(victims.processes, ranks))
     run(ranks, flags, tmp_path / "killed.log")
-    assert "going on from checkpoint-" in (tmp_path / "killed.log").read_text()
+    resumed = re.findall(r"going on from checkpoint-(\d+)", (tmp_path / "killed.log").read_text())
+    assert len({step for step in resumed if int(step) < STEPS}) >= 2
     assert _state(killed) == _state(whole)
     assert _log(killed) == _log(whole)
 
@@ -89,9 +104,7 @@ def test_sigterm_ends_in_a_checkpoint_and_code_75(inputs, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(2, _flags(inputs, whole, 2), tmp_path / "whole.log")
     flags = _flags(inputs, stopped, 2, "--checkpointing_steps=1000")
-    ranks = Ranks(2, flags, tmp_path / "stopped.log")
-    while not (stopped / "log.jsonl").exists() or len(_log(stopped)) < 3:
-        time.sleep(0.02)
+    ranks = _start_and_await(2, flags, stopped, tmp_path / "stopped.log", 3)
     os.kill(ranks.processes[1].pid, signal.SIGTERM)  # one rank is told, all stop
     assert [p.join(60) or p.exitcode for p in ranks.processes] == [75, 75], ranks.output()
     assert "the same command goes on from here" in ranks.output()
