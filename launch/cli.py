@@ -3,6 +3,8 @@
     fusedit train [--nproc_per_node N] FLAGS   torchrun on this machine's devices
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
     fusedit demo                               the whole job on a drawn world, in minutes
+    fusedit COMMAND --help                     tells more
+    fusedit --version
 
 Exit codes: 0 done, 2 a mistake the user can put right, 75 stopped by a signal after a checkpoint.
 """
@@ -11,10 +13,11 @@ import argparse
 import logging
 import os
 import sys
+from importlib.metadata import version
 
 from ..trainer.errors import UsageError
 
-USAGE = str(__doc__).split("\n", 2)[2] + "\n`fusedit COMMAND --help` tells more."
+USAGE = f"usage: fusedit COMMAND ...\n{str(__doc__).split(chr(10), 1)[1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         from .demo import run
 
         return run.main(rest)
+    if command == "--version":
+        print(f"fusedit {version('fusedit')}")
+        return 0
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

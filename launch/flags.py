@@ -14,7 +14,11 @@ from ..trainer.settings import from_toml
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainFlags:
-    """Fine-tunes Stable Diffusion to edit images from instructions."""
+    """Fine-tunes Stable Diffusion to edit images from instructions.
+
+    Flags are those of diffusers' train_instruct_pix2pix.py; "ours" marks those it does not have.
+    `fusedit train` also takes --nproc_per_node N and --master_port P for torchrun.
+    """
 
     run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
     config: Path | None = None  # TOML file of these flags; the command line overrides it

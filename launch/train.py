@@ -66,12 +66,22 @@ def make_world() -> World:
     return World(rank=rank, local_rank=local_rank, size=size, device=device)
 
 
+def starter(world: World) -> list[str]:
+    """What starts a run of as many ranks as this one, in words, for the model card."""
+    if world.size == 1:
+        return ["fusedit", "train"]
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["torchrun", f"--nproc-per-node={local_size}", "-m", "fusedit.launch.train"]
+
+
 def quiet_libraries() -> None:
     """Silences hints that do not concern the user: those of a run are the run's own."""
     import datasets
     import diffusers
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     for library in (diffusers, transformers, datasets):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -83,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
     rank = int(os.environ.get("RANK", 0))
+    world = World()
     try:
         flags = parse(argv, quiet=rank != 0)
         if flags.local_rank >= 0 and rank == 0:
@@ -96,12 +107,13 @@ def main(argv: list[str] | None = None) -> int:
         ended = train(
             flags.run,
             world,
-            command=shlex.join(["fusedit", "train", *argv]),
+            command=shlex.join([*starter(world), *argv]),
             stop_requested=signals.requested,
             dry_run=flags.dry_run,
         )
-        world.stop()  # after an exception not: the others may wait in a collective
-    except UsageError as error:
+        world.stop()
+    except UsageError as error:  # on all ranks alike, so all leave; after a bug others may wait
+        world.stop()
         if rank == 0:
             print(f"fusedit: {error}", file=sys.stderr)
         return MISTAKE

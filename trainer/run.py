@@ -125,6 +125,8 @@ class Run:
         model = self._data_parallel()
         validator = self._validator()
         log = self._open_log()
+        if self.step == plan.total_steps:
+            log.note("all steps were done before; the pipeline is written again")
         meter = Meter(world.device)
         windows = Windows(self.pairs, loop, data, world, self.step, plan.total_steps)
         try:
@@ -247,7 +249,7 @@ class Run:
         model_card(
             plan.output,
             command=self.command,
-            settings=flat(config),
+            settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
             base=str(config.model.pretrained_model_name_or_path),
             dataset=str(config.data.dataset_name or config.data.train_data_dir),
             versions=versions(),

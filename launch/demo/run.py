@@ -71,7 +71,9 @@ def main(argv: list[str]) -> int:
     )
     quiet_libraries()
     size, output = (QUICK if flags.quick else FULL), flags.output
-    if not (output / "metrics.json").exists():
+    if (output / "metrics.json").exists():
+        _say(f"{output} is there already; delete it to start anew")
+    else:
         data = output / "data"
         if not data.exists():
             _say(f"drawing {size.pairs} pairs of scenes into {data}")
@@ -84,6 +86,8 @@ def main(argv: list[str]) -> int:
         _say(f"editing {size.held_out} held-out scenes")
         measure(output, size)
     _show(json.loads((output / "metrics.json").read_text()))
+    if flags.quick:
+        _say("--quick shows that everything runs and learns next to nothing")
     _say(f'see {output / "edits.png"}, and try: fusedit edit {output} IMAGE "make it night"')
     return 0
 

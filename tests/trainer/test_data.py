@@ -290,7 +290,7 @@ def test_workers_change_nothing_and_outlive_signals(tmp_path, tokenizer):
     assert len(alone) == 16
     assert sum(len(batch.errors) for batch in alone) == 4  # once in each of 4 epochs
     batches = iter(loader_over_files(tmp_path / "set", tokenizer, workers=2, steps=8))
-    shared = [next(batches)]
+    shared = [next(batches), next(batches)]  # one of each worker, so both are up
     for worker in batches._workers:  # what Ctrl-C and torchrun send to the process group
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
