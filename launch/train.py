@@ -113,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         world.stop()
     except UsageError as error:  # on all ranks alike, so all leave; after a bug others may wait
-        world.stop()
         if rank == 0:
             print(f"fusedit: {error}", file=sys.stderr)
+        world.stop()
         return MISTAKE
     except OSError as error:
         if error.errno not in DISK_ERRORS:

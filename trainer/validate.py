@@ -35,6 +35,9 @@ CONDITIONS = {
 }
 
 
+HELD_OUT_PICTURES = 8  # held-out rows that are shown
+
+
 class Picture(NamedTuple):
     """One edit to be shown."""
 
@@ -42,9 +45,6 @@ class Picture(NamedTuple):
     instruction: str
     truth: Image.Image | None
     noise_position: int  # which fixed noise it starts from
-
-
-HELD_OUT_PICTURES = 8  # held-out rows that are shown
 
 
 class Validator:
@@ -76,19 +76,10 @@ class Validator:
         batch_size: int,
         on_bad_sample: str,
     ) -> None:
-        self.section, self.pipeline, self.encoders, self.loss_fn = (
-            section,
-            pipeline,
-            encoders,
-            loss_fn,
-        )
-        self.pairs, self.rows, self.every, self.folder, self.world = (
-            pairs,
-            rows,
-            every,
-            folder,
-            world,
-        )
+        self.section, self.pipeline = section, pipeline
+        self.encoders, self.loss_fn = encoders, loss_fn
+        self.pairs, self.rows = pairs, rows
+        self.every, self.folder, self.world = every, folder, world
         self.batch_size, self.on_bad_sample = batch_size, on_bad_sample
         self.pictures = _pictures(section, image, pairs, rows)
 
