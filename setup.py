@@ -12,5 +12,9 @@ setup(
     packages=[f"fusedit.{part}" for part in PARTS],
     package_dir={f"fusedit.{part}": part.replace(".", "/") for part in PARTS},
     include_package_data=False,  # what MANIFEST.in adds is for the sdist alone
-    package_data={"fusedit.launch": ["recipes/*.toml"], "fusedit.launch.demo": ["base/**/*"]},
+    package_data={
+        "fusedit.kernels": ["tables/*.json"],
+        "fusedit.launch": ["recipes/*.toml"],
+        "fusedit.launch.demo": ["base/**/*"],
+    },
 )

@@ -1,0 +1,33 @@
+"""The one rule for what runs: Triton on a GPU or under its interpreter, else the definition.
+
+Every public op asks `runs_triton` and nothing else; there is no fallback from a kernel to its
+definition. What neither serves, each op refuses by the checks below, on every machine alike.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton reads the variable when a kernel is defined, so it is read once here too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """True where the kernel runs on this tensor, False where its PyTorch definition does."""
+    return tensor.is_cuda or INTERPRETED
+
+
+def check_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError, if a tensor's dtype is none of DTYPES; keywords are the tensors' names."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError, if a tensor has another shape than it must."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")

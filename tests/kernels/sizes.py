@@ -1,0 +1,20 @@
+"""The UNets' shapes as the tests take them: whole on a GPU, few rows where Python interprets."""
+
+import torch
+
+from fusedit.benchmarks.shapes import shapes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRESETS = ["sd15-256", "sd15-512", "sdxl-1024"]
+GPU = torch.cuda.is_available()
+BATCH = 2
+
+
+def row_shapes(kind: str, *, rows: int, factor: int = 1) -> list[tuple[int, int]]:
+    """[rows, factor * width] of every LayerNorm ("layer_norms") or GEGLU ("geglus") of the UNets.
+
+    Args:
+        rows: how many, where there is no GPU.
+    """
+    every = [shape for preset in PRESETS for shape in getattr(shapes(preset), kind)]
+    return sorted({(BATCH * s.tokens if GPU else rows, factor * s.width) for s in every})
