@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceOps,
+    TensorHandle,
+)
 from triton.runtime.jit import JITFunction
 
 
@@ -26,7 +31,8 @@ def interpreted() -> Iterator[None]:
     """
     from fusedit.kernels import dispatch
 
-    modules = [m for name, m in list(sys.modules.items()) if name.startswith("fusedit.kernels.")]
+    ours_and_tritons = ("fusedit.kernels.", "triton.language")  # tl.sum is a kernel function too
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith(ours_and_tritons)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "INTERPRETED", True)
         patch.setenv("TRITON_INTERPRET", "1")
@@ -35,6 +41,7 @@ def interpreted() -> Iterator[None]:
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, InterpretedFunction(value.fn))
         repair_bf16(patch)
+        sum_as_a_gpu_does(patch)
         yield
 
 
@@ -65,6 +72,21 @@ def repair_bf16(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(InterpreterBuilder, "cast_impl", right_cast)
     patch.setattr(InterpreterBuilder, "create_fp_to_fp", right_fp_to_fp)
     patch.setattr(InterpreterBuilder, "create_dot", right_dot)
+
+
+def sum_as_a_gpu_does(patch: pytest.MonkeyPatch) -> None:
+    """Adds up several partial sums; numpy goes through any axis but the last one by one."""
+
+    def summed(self, source):
+        if self.axis is None:
+            total = np.sum(source.handle.data.ravel(), keepdims=self.keep_dims)
+        else:
+            last = np.ascontiguousarray(np.moveaxis(source.handle.data, self.axis, -1))
+            total = np.sum(last, axis=-1)
+            total = np.expand_dims(total, self.axis) if self.keep_dims else total
+        return self.to_tensor(total, source.dtype)
+
+    patch.setattr(ReduceOps, "sum", summed)
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

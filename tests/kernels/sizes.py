@@ -18,3 +18,18 @@ def row_shapes(kind: str, *, rows: int, factor: int = 1) -> list[tuple[int, int]
     """
     every = [shape for preset in PRESETS for shape in getattr(shapes(preset), kind)]
     return sorted({(BATCH * s.tokens if GPU else rows, factor * s.width) for s in every})
+
+
+def group_norm_shapes() -> list[tuple[tuple[int, int, int, int], float, bool, bool]]:
+    """(shape of x, eps, silu, whether a time embedding is added) of every GroupNorm of the UNets.
+
+    Without a GPU images shrink, narrow ones to the fewest positions that are cut into tiles.
+    """
+    every = set()
+    for shape in (shape for preset in PRESETS for shape in shapes(preset).group_norms):
+        if GPU:
+            dims = BATCH, shape.channels, shape.size, shape.size
+        else:
+            dims = 1, shape.channels, *((17, 16) if shape.channels <= 640 else (4, 4))
+        every.add((dims, shape.eps, shape.silu, shape.time_embedding))
+    return sorted(every)
