@@ -31,3 +31,9 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
     """Raises ValueError, if a tensor has another shape than it must."""
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[rows, last dimension] with adjacent columns, without a copy wherever strides allow."""
+    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import check_dtypes, runs_triton
+from .dispatch import as_rows, check_dtypes, runs_triton
 from .tables import pick
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -78,12 +78,6 @@ def _backward_kernel(
     tl.store(target + width, incoming * value * (cdf + gate * density), mask=inside)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """[rows, last] with adjacent columns, without a copy wherever strides allow."""
-    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _launch(kernel, name: str, tensors: tuple[Tensor, ...], projected: Tensor) -> None:
     rows, width = projected.shape[0], projected.shape[1] // 2
     if rows * width == 0:
@@ -96,7 +90,7 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], projected: Tensor) -
 @torch.library.custom_op("fusedit::geglu", mutates_args=())
 def _geglu(projected: Tensor) -> Tensor:
     out = projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
-    flat = _rows(projected)
+    flat = as_rows(projected)
     _launch(_forward_kernel, "geglu.forward", (flat, out), flat)
     return out
 
@@ -104,7 +98,7 @@ def _geglu(projected: Tensor) -> Tensor:
 @torch.library.custom_op("fusedit::geglu_backward", mutates_args=())
 def _geglu_backward(grad_out: Tensor, projected: Tensor) -> Tensor:
     grad = projected.new_empty(projected.shape)
-    flat = _rows(projected)
+    flat = as_rows(projected)
     _launch(_backward_kernel, "geglu.backward", (grad_out.contiguous(), flat, grad), flat)
     return grad
 

@@ -10,6 +10,9 @@ Backward, with z = xhat * weight + bias, g = grad_out * silu'(z) and sums over a
 grad_x = rstd * (weight * g - sum(weight * g) / m - xhat * sum(weight * g * xhat) / m).
 """
 
+# pyright: reportGeneralTypeIssues=false
+# It cannot tell what a jit function returns to another.
+
 import triton
 import triton.language as tl
 
@@ -17,7 +20,7 @@ import triton.language as tl
 @triton.jit
 def _tile(splits, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Image, split, rows and channels of this program; tiles of the same rows are neighbours."""
-    tiles = tl.cdiv(channels, CHANNELS)
+    tiles = (channels + CHANNELS - 1) // CHANNELS
     program = tl.program_id(0)
     split = program // tiles % splits
     row = split * ROWS + tl.arange(0, ROWS)

@@ -9,6 +9,7 @@ a kernel has no bounds. `python -m fusedit.benchmarks.kernels --tune` writes a t
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ FOLDER = Path(__file__).parent / "tables"
 FAMILIES = ("sm_80", "sm_90", "sm_100")  # Ampere and Ada; Hopper; Blackwell
 
 
-def pick(kernel: str, device: torch.device, **sizes: int) -> dict[str, int]:
+def pick(kernel: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     """The keyword arguments to launch a kernel with: its constexpr blocks and num_warps.
 
     Args:
