@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     HELD_OUT_POSTERIOR = 11  # held-out loss; position: the row
     HELD_OUT_NOISE = 12
     HELD_OUT_TIMESTEP = 13
+    ROUNDING = 14  # of bf16 moments; position: the optimizer's step
 
 
 def draw_uniform(seed: int, purpose: Purpose, positions: Tensor, count: int = 1) -> Tensor:
