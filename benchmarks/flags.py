@@ -1,0 +1,60 @@
+"""Command lines of the benchmarks: a mistake is one line that names the flag, and exit code 2."""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from .harness import read
+from .shapes import shapes
+
+
+class Flags(argparse.ArgumentParser):
+    def __init__(self, module: str, description: str) -> None:
+        super().__init__(
+            f"python -m {module}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse's own messages too: "argument --op: invalid choice: ..."."""
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            names = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[1].partition("=")[0], names, 1)
+            cure = f"did you mean {near[0]}?" if near else "--help lists the flags"
+            message = f"there is no {unknown[1]}: {cure}"
+        sys.stderr.write(f"{self.prog.split()[-1]}: {message.removeprefix('argument ')}\n")
+        sys.exit(2)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def several_presets(text: str) -> list[str]:
+    """Presets with commas between them."""
+    names = text.split(",")
+    for name in names:
+        try:
+            shapes(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
+
+
+def existing_file(text: str) -> Path:
+    """A record's file that can be read."""
+    path = Path(text)
+    try:
+        read(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}; give a record's file") from None
+    return path

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command; a part at a time, each with its own limit.
+#
+#     bash benchmarks/gpu.sh
+#     PARTS="ceilings kernels" OUT=results bash benchmarks/gpu.sh
+#
+#   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
+#   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
+#   LIMIT_S  seconds for all of it                                         [570]
+#   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
+#            kernel benchmark goes on where it stopped
+#   WHEELS   folder of wheels to install beside the machine's packages first
+#   COMMIT   what the tree was made from, where it comes without .git
+#   FLAGS    for the kernel benchmark and tuning, as "--op geglu --shapes sd15-512"
+#   PYTHON   with torch and triton                                         [python3]
+#
+# Nothing here changes a setting of the card. Exit code 1 if a part failed, 2 for a mistake above.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune}
+LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
+read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
+read -ra extra <<<"${FLAGS:-}"
+KNOWN="ceilings tests checks kernels optimizer tune"
+
+mistake() {
+  printf 'gpu.sh: %s\n' "$1" >&2
+  exit 2
+}
+
+for part in $PARTS; do
+  [[ " $KNOWN " == *" $part "* ]] || mistake "PARTS has $part; give some of: $KNOWN"
+done
+[[ $LIMIT_S =~ ^[1-9][0-9]*$ ]] || mistake "LIMIT_S is $LIMIT_S; give seconds, a whole number"
+command -v "$PYTHON" >/dev/null || mistake "PYTHON is $PYTHON, which is not there; give a Python"
+mkdir -p "$OUT" || mistake "OUT is $OUT, which cannot be made; give a folder"
+if [[ -n $FROM ]]; then
+  [[ -d $FROM ]] || mistake "FROM is $FROM, which is no folder; give an earlier OUT"
+  find "$FROM" -maxdepth 1 -name '*.json' -exec cp -n -t "$OUT" {} +
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONUNBUFFERED=1
+if [[ -n $WHEELS ]]; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --target "$work/site" "$WHEELS"/*.whl || mistake "WHEELS is $WHEELS: pip could not install them"
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+# The namespace that an install makes, as links: nothing is built and nothing installed.
+mkdir -p "$work/links/fusedit"
+for folder in kernels trainer launch benchmarks; do
+  ln -s "$PWD/$folder" "$work/links/fusedit/$folder"
+done
+export PYTHONPATH=$work/links${PYTHONPATH:+:$PYTHONPATH}
+
+summary=() failed=0
+
+run() { # run PART LIMIT_S COMMAND...: unless it is done, and no longer than is left
+  local part=$1 limit=$2 started=$SECONDS status left=$((LIMIT_S - SECONDS))
+  shift 2
+  [[ " $PARTS " == *" $part "* ]] || return 0
+  if grep -qs '^ "complete": true' "$OUT/$part.json"; then
+    summary+=("$part: done before")
+    return 0
+  fi
+  if ((left < 5)); then
+    summary+=("$part: no time left")
+    failed=1
+    return 0
+  fi
+  printf '\n== %s\n' "$part"
+  timeout --kill-after=5 $((limit < left ? limit : left)) "$@" </dev/null
+  status=$?
+  case $status in
+  0) summary+=("$part: done, $((SECONDS - started)) s") ;;
+  124 | 137) summary+=("$part: stopped at its limit, $((SECONDS - started)) s") failed=1 ;;
+  *) summary+=("$part: exit code $status, $((SECONDS - started)) s") failed=1 ;;
+  esac
+}
+
+module() { # module NAME FLAGS...: the command of a part
+  printf '%s\0' "$PYTHON" -m "fusedit.benchmarks.$1" "${@:2}" --out "$OUT" "${commit[@]}"
+}
+
+part() { # part NAME LIMIT_S MODULE FLAGS...
+  local command
+  mapfile -d '' -t command < <(module "${@:3}")
+  run "$1" "$2" "${command[@]}"
+}
+
+everything() {
+  part ceilings 60 gpu ceilings
+  part tests 200 gpu tests --limit_s 190
+  part checks 120 gpu checks
+  local left=$((LIMIT_S - SECONDS))  # the last shape may take half a minute
+  part kernels 420 kernels --only_json --limit_s $((left > 425 ? 380 : left > 60 ? left - 45 : 15)) "${extra[@]}"
+  part optimizer 90 optimizer
+  part tune 540 kernels --tune --limit_s 500 "${extra[@]}"
+  printf '\n== summary\n'
+  printf '%s\n' "${summary[@]}"
+  files=$(find "$OUT" -maxdepth 1 -type f | wc -l)
+  ((files <= 8)) || printf '%s files in OUT: a lent machine may send back 8\n' "$files"
+  return "$failed"
+}
+
+everything 2>&1 | tee -a "$OUT/log.txt"
+exit "${PIPESTATUS[0]}"

@@ -1,0 +1,194 @@
+"""Our kernels against eager PyTorch, torch.compile and the libraries that are installed.
+
+    python -m fusedit.benchmarks.kernels --op geglu --shapes sd15-512 --out results
+
+Every op at every shape of the UNets, forward and backward: first its answer, by the bar of
+`accuracy.py`, then its time in the three ways of `timing.py`, with the least bytes it must move and
+the share of the card's copy bandwidth that makes. Writes kernels.json after each shape, and
+kernels.md and kernels.png at the end. A run that was stopped goes on in the same folder.
+
+Without a GPU there is no time: the answers alone are checked, of the kernels where
+TRITON_INTERPRET=1 is set, else of their definitions, and the rows say which.
+
+Exit codes: 0 done; 1 an answer is wrong, or --compare found a slowdown; 2 a mistake in the flags.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from triton.errors import TritonError
+
+from ..kernels import dispatch
+from . import accuracy, harness, report, tune
+from .accuracy import Inputs
+from .accuracy import Op as Function
+from .directions import directions, timed
+from .flags import Flags, existing_file, positive, several_presets
+from .harness import Record, say
+from .ops import DTYPES, OPS, PRESETS, Case, cases
+from .timing import Timer, ceilings
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = Flags("fusedit.benchmarks.kernels", str(__doc__))
+    every = ", ".join(OPS)
+    flags.add_argument("--op", nargs="+", choices=list(OPS), default=list(OPS), help=every)
+    flags.add_argument("--shapes", type=several_presets, default=list(PRESETS), help="presets")
+    flags.add_argument("--batch", type=positive, help=f"default on a GPU: {PRESETS}; else 1")
+    flags.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    flags.add_argument("--out", type=Path, help="a folder; none: the table alone is printed")
+    flags.add_argument("--compare", type=existing_file, help="a kernels.json of the same GPU")
+    flags.add_argument("--tune", action="store_true", help="write the table of block shapes")
+    flags.add_argument("--limit_s", type=positive, help="stop before a shape after this long")
+    flags.add_argument("--only_json", action="store_true", help="no kernels.md and kernels.png")
+    flags.add_argument("--commit", help="for a tree without .git")
+    chosen = flags.parse_args(argv)
+    if dispatch.INTERPRETED and chosen.dtype == "bf16":
+        flags.error("--dtype bf16: Triton's interpreter is wrong for bf16; use --dtype fp32")
+    if chosen.tune and not torch.cuda.is_available():
+        flags.error("--tune: there is no GPU here to tune for; run it where there is one")
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    started = time.monotonic()
+    if flags.tune:
+        return tune.run(flags, words)
+    old = harness.read(flags.compare) if flags.compare else None
+    path = flags.out / "kernels.json" if flags.out else None
+    record = resumed(path, harness.new_record("kernels", words, flags.commit))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    timer = Timer(device) if on_gpu else None
+    if timer:
+        record["ceilings"] = record["ceilings"] or ceilings(timer, device)
+    else:
+        what = "the kernels, interpreted" if dispatch.INTERPRETED else "the definitions"
+        say(f"no GPU here: answers only, of {what}; nothing is timed")
+    todo = list(cases(flags.op, flags.shapes, flags.batch or (None if on_gpu else 1), flags.dtype))
+    done = {tuple(row["labels"].values())[:4] for row in record["rows"]}
+    for index, case in enumerate(todo):
+        if tuple(case.labels.values()) in done:
+            continue
+        if flags.limit_s and time.monotonic() - started > flags.limit_s:
+            say(f"--limit_s {flags.limit_s}: {len(todo) - index} shapes are left for another run")
+            break
+        say(f"{index + 1}/{len(todo)} {' '.join(map(str, case.labels.values()))}")
+        record["rows"] += measured(case, device, timer)
+        if path:
+            harness.write(record, path)
+    else:
+        record["complete"] = True
+    return finish(record, path, old, only_json=flags.only_json)
+
+
+def resumed(path: Path | None, fresh: Record) -> Record:
+    """The record in the folder, if this very commit began it on such a GPU and did not end it."""
+    if path is None or not path.exists():
+        return fresh
+    begun = harness.read(path)
+    sources = [record["provenance"] for record in (begun, fresh)]
+    commits = {source["commit"] for source in sources}
+    gpus = {source["machine"]["gpu"] for source in sources}
+    changed = any(source["dirty"] for source in sources)
+    if begun["complete"] or len(commits) > 1 or None in commits or len(gpus) > 1 or changed:
+        return fresh
+    say(f"going on with {path.name}: {len(begun['rows'])} rows are there")
+    return begun
+
+
+def finish(record: Record, path: Path | None, old: Record | None, *, only_json: bool) -> int:
+    """Table, plot, comparison, exit code."""
+    if path:
+        harness.write(record, path)
+    if path and not only_json:
+        path.with_suffix(".md").write_text(report.markdown(record))
+        report.plot(record, path.with_suffix(".png"))
+    print(report.markdown(record))
+    ours = [row for row in record["rows"] if row["labels"]["by"] in ("ours", "definition")]
+    findings = [
+        f"{row['name']}: {row['verdict']}: {row['note']}"
+        for row in ours
+        if row["verdict"] in ("wrong", "failed")
+    ]
+    if old:
+        try:
+            findings += harness.compare(old, record)
+        except ValueError as error:
+            say(f"fusedit.benchmarks.kernels: --compare: {error}")
+            return 2
+    for finding in findings:
+        say(finding)
+    return 1 if findings else 0
+
+
+def measured(case: Case, device: torch.device, timer: Timer | None) -> list[Record]:
+    """A row for each implementation and direction."""
+    inputs = case.inputs(device)
+    definition = case.bind(case.op.definition)
+    truth = accuracy.truth(definition, inputs)
+    ours = "ours" if dispatch.runs_triton(next(iter(inputs.values()))) else "definition"
+    functions = {ours: case.bind(case.op.ours)}
+    if timer:
+        torch._dynamo.reset()  # else the ninth shape would silently run eagerly
+        functions |= {"eager": definition, "compile": torch.compile(definition, dynamic=False)}
+        functions |= {by: case.bind(f) for by, f in case.op.rivals.items() if f is not None}
+    rows = []
+    # With donated buffers, a backward that was compiled could run only once after its forward.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for by, function in functions.items():
+            rows += _rows(case, by, function, inputs, truth, timer)
+    if timer:
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rows(
+    case: Case,
+    by: str,
+    function: Function,
+    inputs: Inputs,
+    truth: accuracy.Truth,
+    timer: Timer | None,
+) -> list[Record]:
+    ways = directions(inputs)
+    error, timings = None, {}
+    try:
+        ulps, poison = case.op.normal_ulps, by == "ours"
+        verdict = accuracy.judge(function, inputs, truth, normal_ulps=ulps, poison=poison)
+        name, error, note = verdict.name, verdict.error, verdict.note
+        if timer and name == "right":
+            timings = {way: timed(case, function, way, timer) for way in ways}
+    except (RuntimeError, TritonError) as failure:  # of one implementation: the others go on
+        name, note = "failed", f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+        torch.cuda.synchronize()  # raises, if the GPU itself is lost
+    if by == "definition":
+        note = note or "the definition ran: no GPU here"
+    elif not timer:
+        note = note or "interpreted"
+    least, flops = case.op.least_bytes(inputs), case.op.flops(inputs)
+    return [
+        harness.row(
+            {**case.labels, "direction": way, "by": by},
+            verdict=name,
+            error=error,
+            timings=timings.get(way),
+            least_bytes=least[index],
+            flops=flops[index],
+            values={"times": case.shape.times},
+            note=note,
+        )
+        for index, way in enumerate(ways)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The same ops by other libraries, for those that are installed; None for those that are not.
+
+Nothing here is installed by us, and what a library computes passes the same bar before it is timed.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .accuracy import Op
+
+LAYER_NORM_EPS = 1e-5  # the default of all of them, and of ours
+
+
+def _found(module: str) -> Any:
+    """A module of a library, or None; a library that is there and broken raises."""
+    return import_module(module) if find_spec(module.partition(".")[0]) else None
+
+
+_APEX: Any = _found("apex.contrib.group_norm") if find_spec("group_norm_cuda") else None
+_FLASH = _found("flash_attn.ops.triton.layer_norm")
+_LIGER = _found("liger_kernel.ops.layer_norm")
+
+
+@cache
+def _apex_module(groups: int, channels: int, eps: float, act: str) -> torch.nn.Module:
+    return _APEX.GroupNorm(groups, channels, eps, device="cuda", act=act)
+
+
+def _apex_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    add: Tensor | None = None,
+) -> Tensor:
+    x = x if add is None else x + add[:, :, None, None]
+    module = _apex_module(groups, x.shape[1], eps, "silu" if silu else "")
+    return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+
+
+def _flash_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _FLASH.layer_norm_fn(x, weight, bias)
+
+
+def _flash_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _FLASH.layer_norm_fn(x, weight, bias, residual=residual, prenorm=True)
+
+
+def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _LIGER.LigerLayerNormFunction.apply(x, weight, bias, LAYER_NORM_EPS)
+
+
+apex_group_norm: Op | None = _apex_group_norm if _APEX else None
+flash_layer_norm: Op | None = _flash_layer_norm if _FLASH else None
+flash_add_layer_norm: Op | None = _flash_add_layer_norm if _FLASH else None
+liger_layer_norm: Op | None = _liger_layer_norm if _LIGER else None

@@ -1,0 +1,197 @@
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedit.benchmarks import gpu, harness, optimizer
+from fusedit.benchmarks.ops import OPS
+
+ROOT = Path(__file__).parents[2]
+PARTS = ["ceilings", "tests", "checks", "kernels", "optimizer", "tune"]
+STUB = """#!/usr/bin/env bash
+# python -m fusedit.benchmarks.MODULE [PART] ... --out DIR ...
+module=${2##*.} part=${2##*.}
+[[ $module == gpu ]] && part=$3
+[[ " $* " == *" --tune "* ]] && part=tune
+echo "$part $*" >>"$CALLS"
+[[ $part == "${BREAKS:-}" ]] && exit 7
+[[ $part == "${HANGS:-}" ]] && sleep 60
+while [[ $1 != --out ]]; do shift; done
+printf '{\\n "schema": 1,\\n "complete": true\\n}\\n' >"$2/$part.json"
+"""
+XML = """<testsuites><testsuite>
+<testcase classname="tests.kernels.test_geglu" name="test_a" time="1.5"/>
+<testcase classname="tests.kernels.test_geglu" name="test_b" time="0.5">
+<failure message="gradient is off&#10;more">long</failure></testcase>
+<testcase classname="tests.kernels.test_geglu" name="test_c" time="0"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """gpu.sh with a Python that only says what it was asked for."""
+    stub, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(stub.stat().st_mode | stat.S_IEXEC)
+    calls.touch()
+
+    def run(**variables):
+        calls.write_text("")
+        given = {"OUT": out, "PYTHON": stub, "CALLS": calls} | variables
+        kept = {"PATH": os.environ["PATH"]}
+        done = subprocess.run(
+            ["bash", str(ROOT / "benchmarks/gpu.sh")],
+            env=kept | {name: str(value) for name, value in given.items()},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        asked = calls.read_text().splitlines()
+        return done, [line.split()[0] for line in asked], asked
+
+    run.out = out
+    return run
+
+
+def test_every_part_runs_once_and_leaves_its_file(script):
+    done, parts, asked = script(COMMIT="abc", FLAGS="--op geglu")
+    assert done.returncode == 0, done.stdout
+    assert parts == PARTS
+    assert {path.name for path in script.out.iterdir()} == {
+        "log.txt",
+        *(f"{p}.json" for p in PARTS),
+    }
+    assert all("--commit abc" in line for line in asked)
+    assert [("--op geglu" in line) for line in asked] == [p in ("kernels", "tune") for p in PARTS]
+    assert done.stdout.index("== summary") > done.stdout.index("== tune")
+    assert (script.out / "log.txt").read_text() == done.stdout
+
+
+def test_parts_that_are_done_are_skipped_and_others_go_on(script):
+    assert script(PARTS="ceilings checks")[1] == ["ceilings", "checks"]
+    (script.out / "checks.json").write_text('{\n "complete": false\n}\n')
+    done, parts, _ = script(PARTS="ceilings checks kernels")
+    assert parts == ["checks", "kernels"]
+    assert "ceilings: done before" in done.stdout
+
+
+def test_an_earlier_folder_is_gone_on_with(script, tmp_path):
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "tests.json").write_text('{\n "complete": true\n}\n')
+    assert script(PARTS="ceilings tests", FROM=earlier)[1] == ["ceilings"]
+
+
+def test_a_part_that_fails_does_not_stop_the_rest(script):
+    done, parts, _ = script(PARTS="ceilings checks kernels", BREAKS="checks")
+    assert (done.returncode, parts) == (1, ["ceilings", "checks", "kernels"])
+    assert "checks: exit code 7" in done.stdout
+
+
+def test_a_part_that_hangs_is_stopped_and_what_has_no_time_is_told(script):
+    done, parts, _ = script(PARTS="ceilings checks", HANGS="ceilings", LIMIT_S="6")
+    assert (done.returncode, parts) == (1, ["ceilings"])
+    assert "ceilings: stopped at its limit" in done.stdout
+    assert "checks: no time left" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"PARTS": "kernel"}, "PARTS has kernel; give some of: ceilings"),
+        ({"LIMIT_S": "10m"}, "LIMIT_S is 10m; give seconds"),
+        ({"FROM": "/nowhere"}, "FROM is /nowhere, which is no folder"),
+        ({"PYTHON": "nopython"}, "PYTHON is nopython, which is not there"),
+    ],
+)
+def test_a_wrong_variable_is_one_line_and_2(script, variables, told):
+    done, parts, _ = script(**variables)
+    assert (done.returncode, parts) == (2, [])
+    assert done.stderr.count("\n") == 1
+    assert told in done.stderr
+
+
+def test_the_settings_of_the_card_are_left_alone():
+    for name in ("gpu.sh", "gpu.py", "harness.py", "timing.py"):
+        text = (ROOT / "benchmarks" / name).read_text()
+        for word in ("--lock-gpu", "-lgc", "-pl ", "-pm ", "--gpu-reset", "--power-limit"):
+            assert word not in text
+
+
+def test_results_of_pytest_become_rows():
+    rows = gpu.test_rows(XML, "")
+    assert rows[0]["values"] == {"passed": 1, "failed": 1, "skipped": 1, "seconds": 2.0}
+    assert rows[0]["verdict"] == "failed"
+    assert rows[1]["labels"]["failure"] == "tests.kernels.test_geglu::test_b"
+    assert rows[1]["note"] == "gradient is off"
+
+
+def test_pytest_that_left_no_results_is_a_failure():
+    (row,) = gpu.test_rows(None, "stopped at --limit_s 9")
+    assert (row["verdict"], row["note"]) == ("failed", "stopped at --limit_s 9")
+
+
+def test_every_op_is_checked_and_a_graph_that_does_not_replay_is_wrong(fake_gpu, tmp_path):
+    assert gpu.main(["checks", "--out", str(tmp_path)]) == 1
+    rows = harness.read(tmp_path / "checks.json")["rows"]
+    verdicts = {(row["labels"]["op"], row["labels"]["check"]): row["verdict"] for row in rows}
+    assert verdicts == {
+        (op, check): "wrong" if check == "captured" else "right"
+        for op in OPS
+        for check in ("same_twice", "captured", "compiled")
+    }
+
+
+def test_a_difference_is_seen():
+    one, other = torch.zeros(3), torch.tensor([0.0, 0.0, 1e-6])
+    assert gpu.difference([one, one], [one, one]) == ""
+    assert gpu.difference([one, one], [one, other]) == "tensor 1 differs"
+    assert gpu.difference([torch.tensor(float("nan"))], [torch.tensor(float("nan"))])
+
+
+def test_ceilings_are_written(fake_gpu, tmp_path):
+    assert gpu.main(["ceilings", "--out", str(tmp_path)]) == 0
+    assert harness.read(tmp_path / "ceilings.json")["ceilings"]["copy_bytes_per_s"] > 0
+
+
+@pytest.mark.parametrize("command", [gpu.main, optimizer.main])
+def test_without_a_gpu_there_is_one_line_and_2(command, tmp_path, capsys):
+    words = ["checks"] if command is gpu.main else []
+    with pytest.raises(SystemExit) as ended:
+        command([*words, "--out", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", optimizer.DTYPES.values())
+def test_the_optimizer_is_checked_before_it_is_timed(dtype, monkeypatch):
+    monkeypatch.setattr(optimizer, "CHECKED_SHAPES", [(32, 8, 3, 3), (320,), (64, 32)])
+    assert optimizer.checked(dtype, "cpu").note == ""
+    step = optimizer.AdamWEma.step
+
+    def twice(self):
+        step(self)
+        step(self)
+
+    monkeypatch.setattr(optimizer.AdamWEma, "step", twice)
+    assert optimizer.checked(dtype, "cpu").note
+
+
+def test_the_optimizer_is_timed_at_the_shapes_of_the_unet(fake_gpu, monkeypatch, tmp_path):
+    shapes = optimizer.unet_shapes()
+    assert sum(shape.numel() for shape in shapes) == 859_532_484
+    monkeypatch.setattr(optimizer, "unet_shapes", lambda: [torch.Size((8, 8))])
+    monkeypatch.setattr(optimizer, "checked", lambda *_: optimizer.accuracy.Verdict(0.5))
+    made = optimizer.Torchs.__init__
+    monkeypatch.setattr(
+        optimizer.Torchs,
+        "__init__",
+        lambda self, shapes, dtype, _: made(self, shapes, dtype, "cpu"),
+    )
+    assert optimizer.main(["--out", str(tmp_path)]) == 0
+    rows = harness.read(tmp_path / "optimizer.json")["rows"]
+    assert [row["labels"]["by"] for row in rows] == ["ours", "eager"] * 2
+    assert all({*row["timings"]} == {"graph", "warm"} for row in rows)
