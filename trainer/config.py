@@ -164,6 +164,7 @@ class PrecisionConfig:
     gradient_checkpointing: bool = False  # less memory, a slower backward
     enable_xformers_memory_efficient_attention: bool = False  # no effect: PyTorch's SDPA is used
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
+    plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

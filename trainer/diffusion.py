@@ -1,7 +1,7 @@
-"""The forward process: how noise is mixed in, and what the UNet is asked to say.
+"""The noise schedule, as `kernels/edit_input.py` mixes noise in and makes the target by it.
 
-Source: Ho et al. 2020 (arXiv:2006.11239), equation 4; v: Salimans and Ho 2022 (arXiv:2202.00512),
-appendix D. The betas, with or without zero terminal SNR, are those of diffusers' DDPMScheduler.
+Source: Ho et al. 2020 (arXiv:2006.11239), equation 4. The betas, with or without zero terminal
+SNR, are those of diffusers' DDPMScheduler.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-PREDICTIONS = ("epsilon", "v_prediction")
+from ..kernels.edit_input import PREDICTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,3 @@ class Diffusion:
             raise ValueError(f"prediction_type must be one of {PREDICTIONS}, got {kind}")
         alpha_bar = scheduler.alphas_cumprod.to(device=device, dtype=torch.float32)
         return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), kind, latent_scale)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Latents [n, 4, h, w] at timesteps [n], in fp32."""
-        signal, sigma = self._at(timesteps)
-        return signal * latents + sigma * noise
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should predict, [n, 4, h, w] fp32."""
-        if self.prediction_type == "epsilon":
-            return noise
-        signal, sigma = self._at(timesteps)
-        return signal * noise - sigma * latents
-
-    def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        return self.signal[timesteps].view(-1, 1, 1, 1), self.noise[timesteps].view(-1, 1, 1, 1)

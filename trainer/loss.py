@@ -1,4 +1,4 @@
-"""From samples to the loss of each: draws, noise, hidden conditions, UNet, squared error."""
+"""From samples to their loss: draws, noise, hidden conditions, UNet, squared error."""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.edit_input import edit_input
+from ..kernels.weighted_mse import weighted_mse
 from .conditioning import drop_masks
 from .diffusion import Diffusion
-from .draws import Purpose, draw_integers, draw_normal, draw_uniform
+from .draws import Purpose, draw_integers, draw_uniform
 from .encoders import Samples
 
 
@@ -27,7 +29,7 @@ HELD_OUT = Purposes(Purpose.HELD_OUT_POSTERIOR, Purpose.HELD_OUT_NOISE, Purpose.
 class EditInput(NamedTuple):
     """One call of the UNet and the answer it should give."""
 
-    latents: Tensor  # [n, 8, h, w] fp32: noisy target, then condition
+    latents: Tensor  # [n, 8, h, w] in the compute dtype: noisy target, then condition
     timesteps: Tensor  # [n] int64
     text: Tensor  # [n, tokens, width]
     target: Tensor  # [n, 4, h, w] fp32
@@ -57,36 +59,43 @@ class EditLoss:
         self.autocast_dtype = autocast_dtype
 
     def __call__(self, unet: nn.Module, samples: Samples) -> Tensor:
-        """[n] fp32, the mean squared error of each sample, its conditions dropped by draw."""
+        """[] fp32, the sum over the samples of weight times error, conditions dropped by draw."""
         draw = draw_uniform(self.seed, Purpose.DROPOUT, samples.positions)[:, 0]
-        return self.error(unet, self.edit_input(samples, *drop_masks(draw, self.rates), TRAINING))
+        given = self.edit_input(samples, *drop_masks(draw, self.rates), TRAINING)
+        return self.error(unet, given, samples.weights)
 
     @torch.no_grad()
     def edit_input(
         self, samples: Samples, drop_text: Tensor, drop_image: Tensor, purposes: Purposes
     ) -> EditInput:
-        """Draws posterior sample, noise and timestep, and hides what the masks say, all in fp32."""
-        positions, shape = samples.positions, samples.target_mean.shape[1:]
-        posterior = draw_normal(self.seed, purposes.posterior, positions, shape)
-        noise = draw_normal(self.seed, purposes.noise, positions, shape)
+        """Draws posterior sample, noise and timestep, and hides what the masks say."""
+        diffusion = self.diffusion
         timesteps = draw_integers(
-            self.seed, purposes.timestep, positions, len(self.diffusion.signal)
+            self.seed, purposes.timestep, samples.positions, len(diffusion.signal)
         )
-        latents = samples.target_mean.float() + samples.target_std.float() * posterior
-        latents = latents * self.diffusion.latent_scale
-        noisy = self.diffusion.add_noise(latents, noise, timesteps)
-        condition = samples.condition.float().masked_fill(drop_image[:, None, None, None], 0.0)
-        return EditInput(
-            latents=torch.cat((noisy, condition), dim=1),
-            timesteps=timesteps,
-            text=torch.where(drop_text[:, None, None], self.null_text, samples.text),
-            target=self.diffusion.target(latents, noise, timesteps),
+        latents, target = edit_input(
+            samples.target_mean,
+            samples.target_std,
+            samples.condition,
+            samples.positions,
+            timesteps,
+            drop_image,
+            diffusion.signal,
+            diffusion.noise,
+            seed=self.seed,
+            posterior_purpose=purposes.posterior,
+            noise_purpose=purposes.noise,
+            latent_scale=diffusion.latent_scale,
+            prediction_type=diffusion.prediction_type,
+            dtype=self.autocast_dtype,
         )
+        text = torch.where(drop_text[:, None, None], self.null_text, samples.text)
+        return EditInput(latents, timesteps, text, target)
 
-    def error(self, unet: nn.Module, given: EditInput) -> Tensor:
-        """[n] fp32, the UNet's mean squared error on each sample."""
+    def error(self, unet: nn.Module, given: EditInput, weights: Tensor) -> Tensor:
+        """[] fp32, the sum over the samples of weight times the UNet's mean squared error."""
         mixed = self.autocast_dtype is not torch.float32
         device_type = given.latents.device.type
         with torch.autocast(device_type, self.autocast_dtype) if mixed else nullcontext():
             predicted = unet(given.latents, given.timesteps, given.text, return_dict=False)[0]
-        return (predicted.float() - given.target).square().mean(dim=(1, 2, 3))
+        return weighted_mse(predicted, given.target, weights)[0]

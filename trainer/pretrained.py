@@ -12,8 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..kernels.edit_input import PREDICTIONS
 from .config import ModelConfig
-from .diffusion import PREDICTIONS
 from .errors import UsageError
 from .unet import grow_conv_in
 

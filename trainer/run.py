@@ -86,10 +86,11 @@ class Run:
         config, device = plan.config, world.device
         self.plan, self.world, self.command = plan, world, command
         _set_numerics(config.precision)
-        self.unet = prepare_unet(
+        self.unet, self.fused = prepare_unet(
             load_unet(config.model),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
+            fused=device.type == "cuda" and not config.precision.plain,
         )
         tokenize = make_tokenize(plan.described.tokenizer)
         vae, text_encoder = load_encoders(config.model)
@@ -125,6 +126,8 @@ class Run:
         model = self._data_parallel()
         validator = self._validator()
         log = self._open_log()
+        for line in self.fused:
+            log.note(line)
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
         meter = Meter(world.device)

@@ -72,7 +72,7 @@ def train_step(
     Args:
         model: the UNet, wrapped in DDP when there is more than one rank.
         micro_batches: this rank's share of the window, `micro_steps` of them, taken one by one.
-        loss_fn: (model, samples) -> [n] fp32, the loss of each sample.
+        loss_fn: (model, samples) -> [] fp32, the sum over the samples of weight times loss.
         slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
         number: of this optimizer step, from 1.
         max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
@@ -81,7 +81,7 @@ def train_step(
     totals = torch.zeros(2, device=world.device)  # loss and samples
     for index, samples in enumerate(micro_batches, start=1):
         with nullcontext() if index == micro_steps else no_all_reduce(model):
-            loss = (loss_fn(model, samples) * samples.weights).sum()
+            loss = loss_fn(model, samples)
             (loss * (loss_scale.scale / slots)).backward()
         totals += torch.stack((loss.detach(), samples.weights.sum()))
     loss, count = world.sum(totals)
@@ -105,7 +105,7 @@ def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW
     DDP orders its buckets by the first backward, and with them the sums over ranks: without this
     a resumed run would add in another order than the run it goes on from.
     """
-    loss_fn(model, samples).sum().backward()
+    loss_fn(model, samples).backward()
     optimizer.zero_grad()
 
 

@@ -4,6 +4,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from ..kernels.unet import fuse
 from .errors import UsageError
 
 
@@ -34,10 +35,19 @@ def grow_conv_in(unet: UNet2DConditionModel, name: str) -> None:
 
 
 def prepare_unet(
-    unet: UNet2DConditionModel, device: torch.device, *, gradient_checkpointing: bool
-) -> UNet2DConditionModel:
-    """Moves a UNet to the device in fp32, every parameter trainable."""
+    unet: UNet2DConditionModel, device: torch.device, *, gradient_checkpointing: bool, fused: bool
+) -> tuple[UNet2DConditionModel, list[str]]:
+    """Moves a UNet to the device in fp32, every parameter trainable.
+
+    Args:
+        fused: puts the kernels of `kernels/unet.py` in the place of its norms and gates.
+
+    Returns: the UNet, and a line for the log on what was fused and each thing that was not.
+    """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return unet
+    if not fused:
+        return unet, []
+    unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+    return unet, str(fuse(unet)).splitlines()

@@ -122,9 +122,7 @@ class Validator:
                     torch.full_like(samples.positions, drop, dtype=torch.bool) for drop in drops
                 )
                 given = self.loss_fn.edit_input(samples, drop_text, drop_image, HELD_OUT)
-                totals[index] += (
-                    self.loss_fn.error(self.pipeline.unet, given) * samples.weights
-                ).sum()
+                totals[index] += self.loss_fn.error(self.pipeline.unet, given, samples.weights)
             totals[-1] += samples.weights.sum()
         if self.world.highest(bool(errors)) and self.on_bad_sample == "stop":
             told = next(text for text in self.world.texts("; ".join(errors)) if text)

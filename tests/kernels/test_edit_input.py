@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import poisoned
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import DTYPES, GPU, PRESETS
@@ -10,7 +11,6 @@ from torch.library import opcheck
 
 from fusedit.benchmarks.shapes import shapes
 from fusedit.kernels.edit_input import PREDICTIONS, edit_input, edit_input_reference
-from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.draws import Purpose, draw_normal
 
 NORMAL_ULPS = 8
@@ -129,23 +129,24 @@ def test_dtypes_may_differ(device):
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_definition_is_what_the_trainer_computes(prediction_type, dtype):
-    batch = inputs((3, 6, 4), dtype)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_definition_is_that_of_diffusers(prediction_type, zero_snr):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr)
+    alpha_bar = scheduler.alphas_cumprod
+    batch = inputs((5, 6, 4)) | {"signal": alpha_bar.sqrt(), "noise": (1 - alpha_bar).sqrt()}
+    batch["timesteps"] = torch.tensor([0, 1, 500, 998, 999])
     options = OPTIONS | {"prediction_type": prediction_type}
-    diffusion = Diffusion(batch["signal"], batch["noise"], prediction_type, 0.18215)
     posterior, noise = (
         draw_normal(options["seed"], purpose, batch["positions"], (4, 6, 4))
         for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
     )
-    clean = batch["target_mean"].float() + batch["target_std"].float() * posterior
-    clean = clean * diffusion.latent_scale
-    noisy = diffusion.add_noise(clean, noise, batch["timesteps"])
-    shown = batch["condition"].float()
-    shown = shown.masked_fill(batch["drop_image"][:, None, None, None], 0.0)
+    clean = (batch["target_mean"] + batch["target_std"] * posterior) * options["latent_scale"]
+    noisy = scheduler.add_noise(clean, noise, batch["timesteps"])
+    shown = batch["condition"].masked_fill(batch["drop_image"][:, None, None, None], 0.0)
+    velocity = scheduler.get_velocity(clean, noise, batch["timesteps"])
     latents, target = edit_input_reference(**batch, **options)
-    assert torch.equal(latents, torch.cat((noisy, shown), dim=1))
-    assert torch.equal(target, diffusion.target(clean, noise, batch["timesteps"]))
+    torch.testing.assert_close(latents, torch.cat((noisy, shown), dim=1))
+    torch.testing.assert_close(target, noise if prediction_type == "epsilon" else velocity)
 
 
 @pytest.mark.parametrize("op", [edit_input, edit_input_reference])

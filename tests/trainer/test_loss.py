@@ -22,7 +22,7 @@ def _samples():
         condition=torch.randn(shape),
         text=torch.randn(N, TOKENS, WIDTH),
         positions=torch.arange(N) + 1000,
-        weights=torch.ones(N),
+        weights=torch.arange(N) / N,
     )
 
 
@@ -43,7 +43,7 @@ class _Recorder(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_input_and_target_are_the_papers(kind):
     samples, unet, loss_fn = _samples(), _Recorder(), _loss(kind)
-    losses = loss_fn(unet, samples)
+    loss = loss_fn(unet, samples)
     posterior = draw_normal(3, Purpose.POSTERIOR, samples.positions, (CHANNELS, SIDE, SIDE))
     noise = draw_normal(3, Purpose.NOISE, samples.positions, (CHANNELS, SIDE, SIDE))
     timesteps = draw_integers(3, Purpose.TIMESTEP, samples.positions, 1000)
@@ -55,7 +55,8 @@ def test_input_and_target_are_the_papers(kind):
     assert torch.equal(unet.latents[:, 4:], samples.condition)  # the mode, not scaled
     assert torch.equal(unet.timesteps, timesteps)
     assert torch.equal(unet.text, samples.text)
-    torch.testing.assert_close(losses, target.square().mean((1, 2, 3)))
+    errors = target.square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, (samples.weights * errors).sum())
 
 
 def test_dropped_conditions_become_null_text_and_zeros():

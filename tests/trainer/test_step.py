@@ -30,8 +30,12 @@ def _samples(target, weights=None):
     )
 
 
-def _loss(model, samples):
+def _errors(model, samples):
     return (model(samples.target_mean) - 1).square().mean(dim=1)
+
+
+def _loss(model, samples):
+    return (samples.weights * _errors(model, samples)).sum()
 
 
 class _Job:
@@ -73,7 +77,7 @@ def _theirs(job, data, max_grad_norm):
 
     def update():
         optimizer.zero_grad()
-        _loss(model, _samples(data)).mean().backward()
+        _errors(model, _samples(data)).mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         return norm, torch.cat([p.detach().flatten() for p in model.parameters()])

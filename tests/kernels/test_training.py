@@ -1,0 +1,61 @@
+"""One step's gradient, with every kernel in its place, as the trainer calls them."""
+
+from collections import Counter
+
+import torch
+from diffusers import UNet2DConditionModel
+from tiny import save_tiny_pipeline
+
+from fusedit.kernels import edit_input, weighted_mse
+from fusedit.trainer.diffusion import Diffusion
+from fusedit.trainer.encoders import Samples
+from fusedit.trainer.loss import EditLoss
+from fusedit.trainer.unet import grow_conv_in, prepare_unet
+
+CONFIG = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+
+
+def samples(width: int, device: str) -> Samples:
+    shape = (3, 4, 8, 8)
+    return Samples(
+        target_mean=torch.randn(shape, device=device),
+        target_std=torch.rand(shape, device=device),
+        condition=torch.randn(shape, device=device),
+        text=torch.randn(3, 5, width, device=device),
+        positions=torch.tensor([7, 2**33, 9], device=device),
+        weights=torch.tensor([1.0, 1.0, 0.0], device=device),
+    )
+
+
+def gradients(base, fused: bool, device: str) -> dict[str, torch.Tensor]:
+    """The loss and the gradient of each parameter."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    grow_conv_in(unet, "base")
+    unet, lines = prepare_unet(
+        unet, torch.device(device), gradient_checkpointing=False, fused=fused
+    )
+    assert ("time embedding + GroupNorm + SiLU" in str(lines)) == fused
+    width = unet.config["cross_attention_dim"]
+    diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, torch.device(device))
+    null_text = torch.zeros(1, 5, width, device=device)
+    loss_fn = EditLoss(diffusion, (0.2, 0.2, 0.2), null_text, 5, torch.float32)
+    loss = loss_fn(unet, samples(width, device))
+    names, parameters = zip(*unet.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters)
+    return {"loss": loss.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def test_the_gradient_is_that_of_plain_pytorch(tmp_path, launches, monkeypatch, device):
+    base = save_tiny_pipeline(tmp_path / "base")
+    fused = gradients(base, True, device)
+    ran = Counter(launches)
+    assert ran["whole_kernel"] == ran["backward_whole_kernel"] > 0  # GroupNorm
+    assert ran["_forward_kernel"] > ran["_backward_kernel"] > 0  # GEGLU, and once the edit input
+    assert ran["_finish_kernel"] == 1  # the loss
+    for module in (edit_input, weighted_mse):
+        monkeypatch.setattr(module, "runs_triton", lambda _: False)
+    plain = gradients(base, False, device)
+    assert Counter(launches) == ran
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-3, atol=1e-5, msg=name)
