@@ -15,6 +15,7 @@ setup(
     package_data={
         "fusedit.kernels": ["tables/*.json"],
         "fusedit.launch": ["recipes/*.toml"],
+        "fusedit.benchmarks": ["results/compiled-*.json"],
         "fusedit.launch.demo": ["base/**/*"],
     },
 )

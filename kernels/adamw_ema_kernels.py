@@ -2,8 +2,9 @@
 
 A bf16 gradient with fp32 master, moments and average costs 38 bytes a parameter: the norm reads 2;
 the pass reads 2 + 4 + 4 + 4 + 4 and writes 4 + 4 + 4 + 4 + 2. An fp32 parameter with an fp32
-gradient costs 40, another average 8 more, and bf16 moments save 8. PyTorch's fused AdamW beside a
-foreach clip and a foreach average moves 64. Nothing waits for the device, so a graph captures it.
+gradient costs 40, another average 8 more, and bf16 moments save 8. PyTorch's fused AdamW beside
+foreach clip and foreach average moves 64 and 52. Nothing waits for the device, so a graph captures
+it.
 Source: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, computed as torch.optim.AdamW.
 """
 

@@ -110,6 +110,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, add: Tensor | N
     check_dtypes("group_norm", x=x, weight=weight, bias=bias, add=add)
     if x.dim() != 4:
         raise ValueError(f"group_norm: x must be [n, c, h, w], got {list(x.shape)}")
+    if x[0:1].numel() >= 2**31:  # inside an image the kernels count in 32 bits
+        raise ValueError(f"group_norm: an image must be below 2**31 elements, got {list(x.shape)}")
     n, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm: groups must divide {channels} channels, got {groups}")

@@ -36,14 +36,20 @@ class Report:
     Attributes:
         fused: name of a norm or gate -> what runs in its place.
         left: name of a norm or gate that stays as it is -> why.
+        plain_when_compiled: ops that torch.compile makes itself.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    plain_when_compiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = [f"{count} x {kind}" for kind, count in Counter(self.fused.values()).items()]
         lines = [f"fused: {', '.join(counts) or 'nothing'}"]
+        if self.plain_when_compiled:
+            lines.append(
+                f"left to torch.compile where it traces: {', '.join(self.plain_when_compiled)}"
+            )
         lines += [f"left as it is: {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -71,7 +77,7 @@ def fuse(
         if op not in OPS:
             raise ValueError(f"fuse: ops are {', '.join(OPS)}; got {op!r}")
     unfuse(unet)
-    made = Report()
+    made = Report(plain_when_compiled=tuple(op for op in ops if op not in compiled_ops))
     for site in [site for name, module in unet.named_modules() for site in _sites(name, module)]:
         why_not = site.why_not if site.op in ops else f"{site.op} was not asked for"
         if why_not:
@@ -236,7 +242,10 @@ class FusedGEGLU(Fused, GEGLU):
 
 
 class FusedTransformerBlock(Fused, BasicTransformerBlock):
-    """Each addition of a residual goes into the load of the LayerNorm that follows it."""
+    """Each addition of a residual goes into the load of the LayerNorm that follows it.
+
+    With GLIGEN's arguments, or a feed-forward in chunks, the block is plain.
+    """
 
     plain = BasicTransformerBlock
 

@@ -251,6 +251,7 @@ def test_the_gradient_has_no_part_along_a_shift_or_a_scale(shape, seed):
     ("change", "error", "message"),
     [
         ({"x": torch.zeros(4, 8, 3)}, ValueError, "x must be"),
+        ({"x": torch.zeros(()).expand(1, 8, 2**14, 2**14)}, ValueError, r"below 2\*\*31"),
         ({"groups": 3}, ValueError, "groups must divide 8 channels, got 3"),
         ({"groups": 0}, ValueError, "groups must divide 8 channels, got 0"),
         ({"weight": torch.zeros(4)}, ValueError, "weight must be"),

@@ -51,7 +51,8 @@ def test_the_gradient_is_that_of_plain_pytorch(tmp_path, launches, monkeypatch, 
     fused = gradients(base, True, device)
     ran = Counter(launches)
     assert ran["whole_kernel"] == ran["backward_whole_kernel"] > 0  # GroupNorm
-    assert ran["_forward_kernel"] > ran["_backward_kernel"] > 0  # GEGLU, and once the edit input
+    # GEGLU; once forward the edit input, once backward the loss
+    assert ran["_forward_kernel"] == ran["_backward_kernel"] > 1
     assert ran["_finish_kernel"] == 1  # the loss
     for module in (edit_input, weighted_mse):
         monkeypatch.setattr(module, "runs_triton", lambda _: False)

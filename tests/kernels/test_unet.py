@@ -103,6 +103,7 @@ def test_the_true_sd15_is_fused_whole():
         "GEGLU": 16, "LayerNorm": 16, "residual + LayerNorm": 32,
     }  # fmt: skip
     assert not made.left
+    assert made.plain_when_compiled == ("geglu", "layer_norm")
     assert len(list(model.parameters())) == 686
 
 
