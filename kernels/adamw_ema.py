@@ -4,6 +4,7 @@ What a step moves: see adamw_ema_kernels. Off the GPU the definition runs, one t
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,6 +105,9 @@ class AdamWEma(torch.optim.Optimizer):
         self.tables_made = 0
         self.captured: list[Tables] = []  # graphs read them for as long as they are replayed
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(f"{OP}: it is tied to its tensors; copy or save its state_dict()")
+
     def _make_state(self) -> None:
         sizes = [len(group["params"]) for group in self.param_groups]
         self.group_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -144,7 +148,8 @@ class AdamWEma(torch.optim.Optimizer):
         """[] fp32, the L2 norm of all gradients as they lie, by sums in a fixed order."""
         rows = self._rows()
         if runs_triton(self.counts):
-            return grad_norm(self._tables_of(rows))
+            with self._on_device():
+                return grad_norm(self._tables_of(rows))
         grads = [row.grad for row in rows if row.grad is not None and row.grad.numel()]
         return grad_norm_reference(grads) if grads else torch.zeros((), device=self.device)
 
@@ -174,6 +179,17 @@ class AdamWEma(torch.optim.Optimizer):
         self._check("grad_factor", grad_factor, (), torch.float32)
         self._check("applies", applies, (), torch.bool)
         self._check("ema_weights", ema_weights, (count,), torch.float32)
+        with self._on_device():
+            self._update(lr, grad_factor, applies, ema_weights)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, and only it tells of a capture."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if on_gpu else nullcontext()
+
+    def _update(
+        self, lr: float | Tensor | None, grad_factor: Tensor, applies: Tensor, ema_weights: Tensor
+    ) -> None:
         rows = self._rows()
         tables = self._tables_of(rows)
         self._write_lr(lr)

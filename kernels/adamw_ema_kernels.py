@@ -236,7 +236,7 @@ def _kernel(
             after = _lerp(before, value, tl.load(ema_weights + index))
             tl.store(average + at, after, mask=inside)
         if GRAD_DTYPE is not None:
-            if MOMENTS is tl.bfloat16:
+            if tl.bfloat16 == MOMENTS:
                 draw = tl.load(row + FIRST_DRAW) + (first + start) // DRAW
                 word = _halves(draw, tl.load(counts + tensor).to(tl.uint32), key, BLOCK)
                 mean = _round_by_chance(mean, word & LOW_HALF)

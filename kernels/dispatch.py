@@ -5,6 +5,9 @@ definition. What neither serves, each op refuses by the checks below, on every m
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,11 +23,42 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED
 
 
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Makes a launcher's first tensor's GPU the current one, on which Triton launches."""
+
+    @wraps(launcher)
+    def launch(tensor: Tensor, *args, **kwargs):
+        if not tensor.is_cuda:
+            return launcher(tensor, *args, **kwargs)
+        with torch.cuda.device(tensor.device):
+            return launcher(tensor, *args, **kwargs)
+
+    return cast(Launcher, launch)
+
+
 def check_dtypes(op: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError, if a tensor's dtype is none of DTYPES; keywords are the tensors' names."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in DTYPES:
+    """Raises for tensors whose dtype is none of DTYPES, or which do not share a device.
+
+    Keywords are the tensors' names. Raises: TypeError, ValueError.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
+    check_devices(op, **given)
+
+
+def check_devices(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError, if tensors do not share a device."""
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"{op}: {name} must be on {first}'s {tensor.device}, got {other.device}"
+            )
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import DTYPES, check_dtypes, check_shape, runs_triton
+from .dispatch import DTYPES, check_devices, check_dtypes, check_shape, on_its_device, runs_triton
 from .philox import MASK, normal, philox4x32_10, triton_normal, words
 from .tables import pick
 
@@ -128,6 +128,8 @@ def _check(*tensors: Tensor) -> None:
         raise ValueError(f"{op}: target_mean must be [n, {CHANNELS}, h, w], got {list(shape)}")
     if len(steps) != 1 or not signal.numel():
         raise ValueError(f"{op}: signal must be [steps], got {list(steps)}")
+    names = ("positions", "timesteps", "drop_image", "signal", "noise")
+    check_devices(op, target_mean=target_mean, **dict(zip(names, tensors[3:], strict=True)))
     check_shape(op, "target_std", target_std, shape)
     check_shape(op, "condition", condition, shape)
     for name, tensor, expected, dtype in (
@@ -274,6 +276,7 @@ def _channels_last(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("fusedit::edit_input", mutates_args=())
+@on_its_device
 def _edit_input(
     target_mean: Tensor,
     target_std: Tensor,

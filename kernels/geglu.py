@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import as_rows, check_dtypes, runs_triton
+from .dispatch import as_rows, check_dtypes, on_its_device, runs_triton
 from .tables import pick
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -42,7 +42,7 @@ def geglu(projected: Tensor) -> Tensor:
 
 
 @triton.jit
-def _gelu(gate):
+def _cdf(gate):
     """Normal CDF at the gate; gate times it is the GELU."""
     return 0.5 * (1.0 + tl.erf(gate * SQRT_HALF))
 
@@ -57,7 +57,7 @@ def _forward_kernel(
     source = projected + row * row_stride + column
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, value * gate * _gelu(gate), mask=inside)
+    tl.store(out + row * width + column, value * (gate * _cdf(gate)), mask=inside)
 
 
 @triton.jit
@@ -71,10 +71,10 @@ def _backward_kernel(
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
     incoming = tl.load(grad_out + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    cdf = _gelu(gate)
+    cdf = _cdf(gate)
     density = INVERSE_SQRT_2PI * tl.exp(-0.5 * gate * gate)
     target = grad + row * 2 * width + column
-    tl.store(target, incoming * gate * cdf, mask=inside)
+    tl.store(target, incoming * (gate * cdf), mask=inside)
     tl.store(target + width, incoming * value * (cdf + gate * density), mask=inside)
 
 
@@ -88,6 +88,7 @@ def _launch(kernel, name: str, tensors: tuple[Tensor, ...], projected: Tensor) -
 
 
 @torch.library.custom_op("fusedit::geglu", mutates_args=())
+@on_its_device
 def _geglu(projected: Tensor) -> Tensor:
     out = projected.new_empty(*projected.shape[:-1], projected.shape[-1] // 2)
     flat = as_rows(projected)
@@ -96,6 +97,7 @@ def _geglu(projected: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fusedit::geglu_backward", mutates_args=())
+@on_its_device
 def _geglu_backward(grad_out: Tensor, projected: Tensor) -> Tensor:
     grad = projected.new_empty(projected.shape)
     flat = as_rows(projected)

@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import group_norm_kernels
-from .dispatch import check_dtypes, check_shape, runs_triton
+from .dispatch import check_dtypes, check_shape, on_its_device, runs_triton
 from .tables import pick
+
+MAX_GROUPS = 65535  # of a grid's second axis
 
 kernels: Any = group_norm_kernels  # type checkers take a launch for a call
 
@@ -113,6 +115,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, add: Tensor | N
     if x[0:1].numel() >= 2**31:  # inside an image the kernels count in 32 bits
         raise ValueError(f"group_norm: an image must be below 2**31 elements, got {list(x.shape)}")
     n, channels = x.shape[:2]
+    if n and groups > MAX_GROUPS:
+        raise ValueError(f"group_norm: groups must be at most {MAX_GROUPS}, got {groups}")
     if groups < 1 or channels % groups:
         raise ValueError(f"group_norm: groups must divide {channels} channels, got {groups}")
     check_shape("group_norm", "weight", weight, (channels,))
@@ -128,6 +132,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, add: Tensor | N
 def _collapsible(x: Tensor) -> Tensor:
     """x itself where rows and columns can be walked with one stride, else a dense copy."""
     _, _, height, width = x.shape
+    if 0 in x.stride():  # `empty_like` of an expanded tensor has strides of its own
+        return x.contiguous(memory_format=torch.channels_last)
     if height == 1 or width == 1 or x.stride(2) == width * x.stride(3):
         return x
     return x.contiguous(memory_format=torch.channels_last)
@@ -180,6 +186,7 @@ class _Tiling:
 
 
 @torch.library.custom_op("fusedit::group_norm", mutates_args=())
+@on_its_device
 def _group_norm(
     x: Tensor,
     add: Tensor | None,
@@ -193,6 +200,7 @@ def _group_norm(
     out, total, statistics = _empty_outputs(x, add, weight, bias, groups, eps, silu)
     if x.numel() == 0:
         return out, total, statistics
+    weight, bias = weight.contiguous(), bias.contiguous()
     mean, rstd = statistics.unbind()
     residual = _collapsible(add) if add is not None and add.dim() == 4 else None
     embedding = add.contiguous() if add is not None and add.dim() == 2 else None
@@ -234,6 +242,7 @@ def _empty_outputs(x, add, weight, bias, groups, eps, silu):
 
 
 @torch.library.custom_op("fusedit::group_norm_backward", mutates_args=())
+@on_its_device
 def _group_norm_backward(
     grad_out: Tensor,
     grad_total: Tensor | None,
@@ -243,13 +252,15 @@ def _group_norm_backward(
     bias: Tensor,
     statistics: Tensor,
     silu: bool,
+    affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the embedding (or empty), and of bias and weight, [2, c] fp32."""
+    """Gradients of x, of the embedding (or empty), of bias and weight ([2, c] fp32, or empty)."""
     grad, grad_embedding, grad_affine = _empty_grads(
-        grad_out, grad_total, x, embedding, weight, bias, statistics, silu
+        grad_out, grad_total, x, embedding, weight, bias, statistics, silu, affine
     )
     if x.numel() == 0:
         return grad, grad_embedding.zero_(), grad_affine.zero_()
+    weight, bias = weight.contiguous(), bias.contiguous()
     mean, rstd = statistics.unbind()
     tiling = _Tiling(x, mean.shape[1], embedding)
     shape = tiling.size, tiling.channels, tiling.groups
@@ -266,8 +277,7 @@ def _group_norm_backward(
             *per_channel.unbind(), *strides, *shape,
             DIRECT=grad_total is not None, **switches, **blocks,
         )  # fmt: skip
-        torch.sum(per_channel, dim=1, out=grad_affine)
-        return grad, grad_embedding, grad_affine
+        return grad, grad_embedding, _sum_images(per_channel, grad_affine)
     grid, blocks, splits = tiling.tiles("group_norm.backward_partial")
     partial = mean.new_empty(3, tiling.n, splits, tiling.channels).unbind()
     kernels.backward_partial_kernel[grid](
@@ -284,17 +294,20 @@ def _group_norm_backward(
         grad_out, direct, x, added, weight, bias, mean, rstd, *per_group, grad,
         *strides, *shape, splits, DIRECT=grad_total is not None, **switches, **blocks,
     )  # fmt: skip
-    torch.sum(per_channel, dim=1, out=grad_affine)
-    return grad, grad_embedding, grad_affine
+    return grad, grad_embedding, _sum_images(per_channel, grad_affine)
+
+
+def _sum_images(per_channel: Tensor, out: Tensor) -> Tensor:
+    return torch.sum(per_channel, dim=1, out=out) if out.numel() else out
 
 
 @_group_norm_backward.register_fake
-def _empty_grads(grad_out, grad_total, x, embedding, weight, bias, statistics, silu):
+def _empty_grads(grad_out, grad_total, x, embedding, weight, bias, statistics, silu, affine):
     # The gradient of an embedding keeps its dtype but not its strides, which may be none.
     shape = (0,) if embedding is None else embedding.shape
     like = x if embedding is None else embedding
-    affine = x.new_empty(2, x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), like.new_empty(shape), affine
+    sums = x.new_empty((2, x.shape[1]) if affine else (0,), dtype=torch.float32)
+    return torch.empty_like(x), like.new_empty(shape), sums
 
 
 def _setup_context(ctx, inputs, output):
@@ -314,10 +327,12 @@ def _backward(ctx, grad_out, grad_total, _):
         grad_total = None
     if grad_out is None:  # only the sum was used
         return grad_total, grad_total, None, None, None, None, None
-    grad, grad_embedding, affine = _group_norm_backward(
-        grad_out, grad_total, x, embedding, weight, bias, statistics, ctx.silu
+    affine = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    grad, grad_embedding, sums = _group_norm_backward(
+        grad_out, grad_total, x, embedding, weight, bias, statistics, ctx.silu, affine
     )
-    grad_bias, grad_weight = affine[0].to(bias.dtype), affine[1].to(weight.dtype)
+    grad_bias = sums[0].to(bias.dtype) if affine else None
+    grad_weight = sums[1].to(weight.dtype) if affine else None
     added = grad if ctx.residual else None if embedding is None else grad_embedding
     return grad, added, grad_weight, grad_bias, None, None, None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import layer_norm_kernels as kernels
-from .dispatch import as_rows, check_dtypes, check_shape, runs_triton
+from .dispatch import as_rows, check_dtypes, check_shape, on_its_device, runs_triton
 from .tables import pick
 
 MAX_WIDTH = 8192  # a row must fit in one program's registers
@@ -142,6 +142,7 @@ def _outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("fusedit::layer_norm", mutates_args=())
+@on_its_device
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +152,7 @@ def _layer_norm(
 
 
 @torch.library.custom_op("fusedit::add_layer_norm", mutates_args=())
+@on_its_device
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -161,6 +163,7 @@ def _add_layer_norm(
 
 
 @torch.library.custom_op("fusedit::layer_norm_backward", mutates_args=())
+@on_its_device
 def _layer_norm_backward(
     grad_normalized: Tensor,
     grad_total: Tensor | None,

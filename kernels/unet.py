@@ -185,6 +185,11 @@ class Fused:
     plain: ClassVar[type[nn.Module]]  # the class that it stands in for
     fused_when_compiled: bool
 
+    def __init_subclass__(cls) -> None:
+        # Wrappers, device maps and regional compilation look for modules by the name of their
+        # class; pickle goes by the qualified name, which stays its own.
+        cls.__name__ = cls.plain.__name__
+
     def plain_here(self) -> bool:
         return torch.compiler.is_compiling() and not self.fused_when_compiled
 

@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import check_dtypes, check_shape, runs_triton
+from .dispatch import check_devices, check_dtypes, check_shape, on_its_device, runs_triton
 from .tables import pick
+
+MAX_SAMPLES = 65535  # of a grid's second axis
 
 
 def weighted_mse_reference(
@@ -43,6 +45,9 @@ def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor) -> tuple[Te
             f"weighted_mse: predicted must be [n, c, h, w] with c, h, w of at least 1, "
             f"got {list(predicted.shape)}"
         )
+    if len(predicted) > MAX_SAMPLES:
+        raise ValueError(f"weighted_mse: n must be at most {MAX_SAMPLES}, got {len(predicted)}")
+    check_devices("weighted_mse", predicted=predicted, target=target, weights=weights)
     check_shape("weighted_mse", "target", target, tuple(predicted.shape))
     check_shape("weighted_mse", "weights", weights, (len(predicted),))
     for name, tensor in (("target", target), ("weights", weights)):
@@ -124,6 +129,7 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 @torch.library.custom_op("fusedit::weighted_mse", mutates_args=())
+@on_its_device
 def _weighted_mse(
     predicted: Tensor, target: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +158,7 @@ def _weighted_mse(
 
 
 @torch.library.custom_op("fusedit::weighted_mse_backward", mutates_args=())
+@on_its_device
 def _weighted_mse_backward(grad_loss: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
     grad = torch.empty_like(slopes, dtype=dtype)
     if elements := slopes.numel():
@@ -180,6 +187,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return None, None, None
     return _weighted_mse_backward(grad_loss, *ctx.saved_tensors, ctx.dtype), None, None
 
 

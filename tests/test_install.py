@@ -103,11 +103,14 @@ def other_python() -> Path:
 
 
 def package_files(tree: Path) -> set[str]:
-    """What belongs into an install: all modules, the recipes, the demo's base."""
+    """What belongs into an install: all modules, recipes, the demo's base, kernels' tables."""
     modules = [path for folder in FOLDERS for path in (tree / folder).rglob("*.py")]
     recipes = (tree / "launch/recipes").glob("*.toml")
     base = (path for path in (tree / "launch/demo/base").rglob("*") if path.is_file())
-    return {str(path.relative_to(tree)) for path in (*modules, *recipes, *base)}
+    tables = (tree / "kernels/tables").glob("*.json")
+    compiled = (tree / "benchmarks/results").glob("compiled-*.json")
+    files = (*modules, *recipes, *base, *tables, *compiled)
+    return {str(path.relative_to(tree)) for path in files}
 
 
 def test_the_wheel_holds_the_namespace_and_nothing_else(tree, built):

@@ -1,5 +1,6 @@
 """The one-pass optimizer against torch.optim.AdamW, clip_grad_norm_ and lerp, in fp64 and fp32."""
 
+import copy
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -553,3 +554,9 @@ def test_refuses_what_it_does_not_serve(device):
         optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match=r"groups must have \[1\] parameters, the state has \[2\]"):
         optimizer.load_state_dict(torch.optim.AdamW([good, nn.Parameter(good + 1)]).state_dict())
+
+
+def test_it_is_not_copied_with_its_tensors_left_behind(device):
+    optimizer = AdamWEma([torch.zeros(3, device=device, requires_grad=True)])
+    with pytest.raises(TypeError, match="copy or save its state_dict"):
+        copy.deepcopy(optimizer)

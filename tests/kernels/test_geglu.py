@@ -22,6 +22,14 @@ def test_far_gates_neither_overflow_nor_lose_their_tails(device):
     assert_as_accurate_as_torch(geglu, geglu_reference, {"projected": projected.requires_grad_()})
 
 
+def test_a_far_gate_beside_a_large_value_is_zero(device):
+    projected = torch.tensor([1e30, -1e30], device=device, requires_grad=True)
+    out = geglu(projected)
+    (grad,) = torch.autograd.grad(out, projected, torch.ones(1, device=device))
+    assert not out.any()
+    assert not grad.any()
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (4, 0)])
 def test_nothing_to_do(shape, device):
     projected = torch.zeros(shape, device=device, requires_grad=True)

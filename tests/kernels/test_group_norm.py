@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -127,6 +128,40 @@ def test_strided_input(cut, memory_format, device):
     assert_as_accurate_as_torch(*both(groups=4), inputs)
 
 
+def test_an_expanded_input_whose_copies_lie_otherwise(device):
+    x = torch.randn(3, 6, device=device).as_strided((3, 3, 3, 2), (1, 0, 6, 3)).requires_grad_()
+    inputs = {
+        "x": x,
+        "weight": torch.randn(3, device=device),
+        "bias": torch.randn(3, device=device),
+    }
+    assert_as_accurate_as_torch(*both(groups=3), inputs)
+
+
+@pytest.mark.parametrize("shape", [WHOLE, SPLIT], ids=["whole", "split"])
+def test_strided_weights(shape, device):
+    inputs = made(shape, torch.float32, device)
+    inputs["weight"] = torch.randn(128, device=device)[::2].requires_grad_()
+    inputs["bias"] = torch.randn(1, device=device).expand(64).requires_grad_()
+    assert_as_accurate_as_torch(*both(silu=True), inputs)
+
+
+@pytest.mark.parametrize("shape", [WHOLE, SPLIT], ids=["whole", "split"])
+def test_frozen_weights_cost_nothing(shape, device):
+    inputs = made(shape, torch.float32, device)
+    frozen = inputs | {name: inputs[name].detach() for name in ("weight", "bias")}
+    outs = [group_norm(**given, groups=4) for given in (inputs, frozen)]
+    direction = torch.randn(shape, device=device)
+    grads = [
+        torch.autograd.grad(out, given["x"], direction)[0]
+        for out, given in zip(outs, (inputs, frozen), strict=True)
+    ]
+    assert torch.equal(*grads)
+    with summed() as sums:
+        group_norm(**frozen, groups=4).backward(direction)
+    assert not sums
+
+
 @pytest.mark.parametrize("shape", [(0, 64, 4, 4), (2, 64, 0, 4)], ids=str)
 def test_nothing_to_do(shape, device):
     inputs = made(shape, torch.float32, device)
@@ -197,6 +232,16 @@ def test_compiles_whole(memory_format, device):
     grads = [torch.autograd.grad(o, list(inputs.values()), direction) for o in (out, expected)]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@contextmanager
+def summed():
+    """What torch sums over images inside."""
+    sums = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.sum
+        patch.setattr(torch, "sum", lambda *a, **k: sums.append(1) or real(*a, **k))
+        yield sums
 
 
 # Properties

@@ -1,6 +1,7 @@
 """`fuse` on the architecture of Stable Diffusion 1.5, narrowed so that the kernels can be read."""
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -216,6 +217,18 @@ def test_names_and_weights_stay_and_unfuse_restores():
     unfuse(model)
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert not any(hasattr(module, "fused_when_compiled") for module in model.modules())
+
+
+def test_what_looks_for_the_names_of_classes_finds_them():
+    model = unet()
+    names = [type(module).__name__ for module in model.modules()]
+    fuse(model)
+    assert [type(module).__name__ for module in model.modules()] == names
+    model.compile_repeated_blocks(backend="aot_eager")
+    block = model.mid_block.attentions[0].transformer_blocks[0]
+    assert type(pickle.loads(pickle.dumps(block.norm1))) is type(block.norm1)
+    resnet = model.mid_block.resnets[0]
+    assert type(pickle.loads(pickle.dumps(resnet))) is type(resnet)
 
 
 def test_fusing_again_takes_what_is_asked_for_now():
