@@ -62,12 +62,35 @@ def _load(at, inside, embedding, image, channel, channels, EMBEDDING: tl.constex
 
 
 @triton.jit
-def _silu_grad(grad_out, z, SILU: tl.constexpr):
-    """grad_out times the derivative of SiLU at z."""
+def _normalized(value, mean, rstd, image, channel, channels, groups):
+    group = image * groups + channel // (channels // groups)
+    centre = tl.load(mean + group, mask=channel < channels, other=0.0)
+    scale = tl.load(rstd + group, mask=channel < channels, other=0.0)
+    return (value - centre[None, :]) * scale[None, :]
+
+
+@triton.jit
+def _affine(weight, bias, channel, channels):
+    known = channel < channels
+    w = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+    return w, tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _recomputed(
+    x_at, out_at, inside, embedding, weight, bias, mean, rstd, image, channel, channels, groups,
+    EMBEDDING: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """xhat, the weight, and the gradient of what the weight and bias give."""
+    value = _load(x_at, inside, embedding, image, channel, channels, EMBEDDING)
+    xhat = _normalized(value, mean, rstd, image, channel, channels, groups)
+    w, b = _affine(weight, bias, channel, channels)
+    g = tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
     if SILU:
+        z = xhat * w[None, :] + b[None, :]
         sigmoid = tl.sigmoid(z)
-        return grad_out * sigmoid * (1.0 + z * (1.0 - sigmoid))
-    return grad_out
+        g = g * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    return xhat, w, g
 
 
 @triton.jit
@@ -184,21 +207,6 @@ def apply_kernel(
 
 
 @triton.jit
-def _normalized(value, mean, rstd, image, channel, channels, groups):
-    group = image * groups + channel // (channels // groups)
-    centre = tl.load(mean + group, mask=channel < channels, other=0.0)
-    scale = tl.load(rstd + group, mask=channel < channels, other=0.0)
-    return (value - centre[None, :]) * scale[None, :]
-
-
-@triton.jit
-def _affine(weight, bias, channel, channels):
-    known = channel < channels
-    w = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
-    return w, tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def backward_whole_kernel(
     grad_out, direct, x, embedding, weight, bias, mean, rstd,
     grad, grad_embedding, bias_sums, weight_sums,
@@ -211,13 +219,12 @@ def backward_whole_kernel(
     image, channel, _, mine = _groups_of(groups, WIDTH, TOGETHER, CHANNELS)
     row = tl.arange(0, ROWS)
     inside = (row < size)[:, None] & mine[None, :]
-    at = _at(x, image, row, channel, x_image, x_row, x_channel)
-    value = _load(at, inside, embedding, image, channel, channels, EMBEDDING)
-    xhat = _normalized(value, mean, rstd, image, channel, channels, groups)
-    w, b = _affine(weight, bias, channel, channels)
-    at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
-    g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    g = _silu_grad(g, xhat * w[None, :] + b[None, :], SILU)
+    x_at = _at(x, image, row, channel, x_image, x_row, x_channel)
+    out_at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
+    xhat, w, g = _recomputed(
+        x_at, out_at, inside, embedding, weight, bias, mean, rstd,
+        image, channel, channels, groups, EMBEDDING, SILU,
+    )  # fmt: skip
     bias_sum, weight_sum = tl.sum(g, axis=0), tl.sum(g * xhat, axis=0)
     tl.store(bias_sums + image * channels + channel, bias_sum, mask=mine)
     tl.store(weight_sums + image * channels + channel, weight_sum, mask=mine)
@@ -249,13 +256,12 @@ def backward_partial_kernel(
     image, split, row, channel = _tile(splits, channels, ROWS, CHANNELS)
     known = channel < channels
     inside = (row < size)[:, None] & known[None, :]
-    at = _at(x, image, row, channel, x_image, x_row, x_channel)
-    value = _load(at, inside, embedding, image, channel, channels, EMBEDDING)
-    xhat = _normalized(value, mean, rstd, image, channel, channels, groups)
-    w, b = _affine(weight, bias, channel, channels)
-    at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
-    g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    g = _silu_grad(g, xhat * w[None, :] + b[None, :], SILU)
+    x_at = _at(x, image, row, channel, x_image, x_row, x_channel)
+    out_at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
+    xhat, _, g = _recomputed(
+        x_at, out_at, inside, embedding, weight, bias, mean, rstd,
+        image, channel, channels, groups, EMBEDDING, SILU,
+    )  # fmt: skip
     at = (image * splits + split) * channels + channel
     tl.store(bias_sums + at, tl.sum(g, axis=0), mask=known)
     tl.store(weight_sums + at, tl.sum(g * xhat, axis=0), mask=known)
@@ -313,13 +319,12 @@ def backward_apply_kernel(
     image, _, row, channel = _tile(splits, channels, ROWS, CHANNELS)
     known = channel < channels
     inside = (row < size)[:, None] & known[None, :]
-    at = _at(x, image, row, channel, x_image, x_row, x_channel)
-    value = _load(at, inside, embedding, image, channel, channels, EMBEDDING)
-    xhat = _normalized(value, mean, rstd, image, channel, channels, groups)
-    w, b = _affine(weight, bias, channel, channels)
-    at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
-    g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    g = _silu_grad(g, xhat * w[None, :] + b[None, :], SILU)
+    x_at = _at(x, image, row, channel, x_image, x_row, x_channel)
+    out_at = _at(grad_out, image, row, channel, out_image, out_row, out_channel)
+    xhat, w, g = _recomputed(
+        x_at, out_at, inside, embedding, weight, bias, mean, rstd,
+        image, channel, channels, groups, EMBEDDING, SILU,
+    )  # fmt: skip
     group = image * groups + channel // (channels // groups)
     constant = tl.load(constants + group, mask=known, other=0.0)
     slope = tl.load(slopes + group, mask=known, other=0.0)

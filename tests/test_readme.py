@@ -24,7 +24,7 @@ SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
 TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(part)}
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {field.name for cls in (EditFlags, DemoFlags) for field in dataclasses.fields(cls)}
-OTHER_FLAGS |= {"compare", "tune"}  # of the kernel benchmark, whose own tests hold them
+OTHER_FLAGS |= {"compare", "tune", "quick", "write"}  # of benchmarks, whose own tests hold them
 
 
 def blocks(language: str) -> list[str]:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from accuracy import poisoned
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import DTYPES, GPU, PRESETS
 from torch.library import opcheck
 
+from fusedit.benchmarks.accuracy import poisoned
 from fusedit.benchmarks.shapes import shapes
 from fusedit.kernels.edit_input import PREDICTIONS, edit_input, edit_input_reference
 from fusedit.trainer.draws import Purpose, draw_normal

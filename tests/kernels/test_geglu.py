@@ -1,9 +1,10 @@
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, poisoned
+from accuracy import assert_as_accurate_as_torch
 from sizes import DTYPES, row_shapes
 from torch.library import opcheck
 
+from fusedit.benchmarks.accuracy import poisoned
 from fusedit.kernels.geglu import geglu, geglu_reference
 
 ODD = [(1, 2), (3, 7, 10), (2, 33, 514)]

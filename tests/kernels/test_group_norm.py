@@ -3,12 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, poisoned
+from accuracy import assert_as_accurate_as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import DTYPES, group_norm_shapes
 from torch.library import opcheck
 
+from fusedit.benchmarks.accuracy import poisoned
 from fusedit.kernels.group_norm import (
     add_group_norm,
     add_group_norm_reference,

@@ -2,12 +2,13 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_torch, poisoned
+from accuracy import assert_as_accurate_as_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sizes import DTYPES, row_shapes
 from torch.library import opcheck
 
+from fusedit.benchmarks.accuracy import poisoned
 from fusedit.kernels import layer_norm as module
 from fusedit.kernels.layer_norm import (
     add_layer_norm,
