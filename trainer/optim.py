@@ -95,6 +95,9 @@ class AdamW:
             if self.eight_bit and key == "step":
                 self.optimizer.state[parameter][key] = int(value)
             else:
+                if value.shape == parameter.shape:
+                    # The fused step walks through memory: in the parameter's order, not the file's.
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 self.optimizer.state[parameter][key] = value.to(parameter.device)
 
 

@@ -183,6 +183,29 @@ def test_optimizer_state_goes_on_where_it_was():
     assert torch.equal(resumed.weights(), whole.weights())
 
 
+def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 4, 5, 5)
+    ends = []
+    for stops in (False, True):
+        trained = copy.deepcopy(model)
+        optimizer = AdamW(trained.named_parameters(), OptimConfig())
+        for step in range(4):
+            if stops and step == 2:
+                state = {name: v.contiguous() for name, v in optimizer.state().items()}
+                save_file(state, tmp_path / "optimizer.safetensors")
+                optimizer = AdamW(trained.named_parameters(), OptimConfig())
+                optimizer.load_state(load_file(tmp_path / "optimizer.safetensors"))
+                moment = optimizer.state()["weight.exp_avg"]
+                assert moment.is_contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            trained(images * (step + 1)).square().mean().backward()
+            optimizer.update(0.1, torch.ones(()), torch.tensor(True))
+        ends.append(trained.weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_schedules_are_diffusers_and_counted_in_optimizer_steps():
     linear = schedule("linear", 2.0, 10, 110)
     assert [linear(step) for step in (0, 5, 10, 60, 110)] == [0.0, 1.0, 2.0, 1.0, 0.0]
