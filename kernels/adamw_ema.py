@@ -146,10 +146,12 @@ class AdamWEma(torch.optim.Optimizer):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """[] fp32, the L2 norm of all gradients as they lie, by sums in a fixed order."""
-        rows = self._rows()
+        with self._on_device():
+            return self._grad_norm(*self._current())
+
+    def _grad_norm(self, rows: list[Row], tables: Tables) -> Tensor:
         if runs_triton(self.counts):
-            with self._on_device():
-                return grad_norm(self._tables_of(rows))
+            return grad_norm(tables)
         grads = [row.grad for row in rows if row.grad is not None and row.grad.numel()]
         return grad_norm_reference(grads) if grads else torch.zeros((), device=self.device)
 
@@ -180,7 +182,7 @@ class AdamWEma(torch.optim.Optimizer):
         self._check("applies", applies, (), torch.bool)
         self._check("ema_weights", ema_weights, (count,), torch.float32)
         with self._on_device():
-            self._update(lr, grad_factor, applies, ema_weights)
+            self._update(*self._current(), lr, grad_factor, applies, ema_weights)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Triton launches on the current device, and only it tells of a capture."""
@@ -188,10 +190,14 @@ class AdamWEma(torch.optim.Optimizer):
         return torch.cuda.device(self.device) if on_gpu else nullcontext()
 
     def _update(
-        self, lr: float | Tensor | None, grad_factor: Tensor, applies: Tensor, ema_weights: Tensor
+        self,
+        rows: list[Row],
+        tables: Tables,
+        lr: float | Tensor | None,
+        grad_factor: Tensor,
+        applies: Tensor,
+        ema_weights: Tensor,
     ) -> None:
-        rows = self._rows()
-        tables = self._tables_of(rows)
         self._write_lr(lr)
         self._write_settings()
         self.counts.add_(tables.has_grad * applies)
@@ -222,12 +228,15 @@ class AdamWEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        factor, applies = self.one, self.always
-        if self.max_norm is not None:
-            norm = self.grad_norm()
-            factor = (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-            applies = norm.isfinite()
-        self.update(None, factor, applies, self.ema_weights)
+        with self._on_device(), torch.no_grad():
+            # Found once for both: the host's share of a step is to look every address up.
+            rows, tables = self._current()
+            factor, applies = self.one, self.always
+            if self.max_norm is not None:
+                norm = self._grad_norm(rows, tables)
+                factor = (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+                applies = norm.isfinite()
+            self._update(rows, tables, None, factor, applies, self.ema_weights)
         return loss
 
     @torch.no_grad()
@@ -263,6 +272,11 @@ class AdamWEma(torch.optim.Optimizer):
                     tensor.copy_(parameter)
                 else:
                     tensor.zero_()
+
+    def _current(self) -> tuple[list[Row], Tables]:
+        """All tensors as they are now, and the tables of them."""
+        rows = self._rows()
+        return rows, self._tables_of(rows)
 
     def _rows(self) -> list[Row]:
         rows = []
