@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ..kernels import (
     adamw_ema,
+    attention,
     dispatch,
     edit_input,
     geglu,
@@ -31,9 +32,14 @@ from ..kernels import (
     tables,
     weighted_mse,
 )
-from .shapes import GROUPS, GroupNormShape, RowShape, shapes
+from .shapes import GROUPS, AttentionShape, GroupNormShape, RowShape, shapes
 
 PRESETS = ("sd15-256", "sd15-512", "sdxl-1024")
+UNEVEN = [  # lengths of no tile, and the head widths between the UNets'
+    AttentionShape(1, 8, width, 300, keys)
+    for width in (8, 40, 64, 80, 96, 128, 160)
+    for keys in (77, 300)
+]
 BATCH = 2  # as an argument, 1 would become a constant
 MAIN = torch.bfloat16  # activations under autocast, with weights in fp32; every shape
 SIZES = [32, 64, 128]  # of the latents, height and width
@@ -227,13 +233,25 @@ def _adamw_ema(averages: int, dtype: torch.dtype) -> None:
         ).step()  # fmt: skip
 
 
+def _attention(shape: AttentionShape, dtype: torch.dtype) -> None:
+    """Packed, as `fuse` calls it, and with several programs a head in the backward."""
+    queries = BATCH, shape.queries, shape.heads, shape.width
+    if shape.keys == shape.queries:
+        packed = torch.empty(*queries[:2], 3, *queries[2:], dtype=dtype, requires_grad=True)
+        _there_and_back(attention.attention, packed)
+    else:
+        q = torch.empty(queries, dtype=dtype, requires_grad=True)
+        sizes = BATCH, shape.keys, 2, shape.heads, shape.width
+        _there_and_back(attention.attention, q, torch.empty(sizes, dtype=dtype, requires_grad=True))
+
+
 def _affine(width: int) -> tuple[Tensor, Tensor]:
     """Weight and bias as autocast leaves them, in fp32."""
     return torch.empty(width, requires_grad=True), torch.empty(width, requires_grad=True)
 
 
 def _distinct(kind: str) -> list:
-    """Every shape of the UNets that is in the list "group_norms", "layer_norms" or "geglus"."""
+    """Every shape of the UNets that is in the list: "group_norms", or another of Shapes."""
     return list(dict.fromkeys(s for preset in PRESETS for s in getattr(shapes(preset), kind)))
 
 
@@ -248,6 +266,7 @@ CASES = {
     "group_norm": Case(_group_norm, _distinct("group_norms")),
     "group_norm_nchw": Case(partial(_group_norm, nchw=True), _distinct("group_norms")[:1]),
     "layer_norm": Case(_layer_norm, _distinct("layer_norms") + WIDER, (torch.float32,)),
+    "attention": Case(_attention, _distinct("attentions") + UNEVEN, (torch.float16,)),
     "edit_input": Case(_edit_input, SIZES),
     "weighted_mse": Case(_weighted_mse, SIZES),
     "adamw_ema": Case(_adamw_ema, [1, 0, 2], (torch.float32,)),

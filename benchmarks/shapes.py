@@ -6,6 +6,7 @@ A test holds the lists against the modules of the true architectures.
 from dataclasses import dataclass
 
 GROUPS = 32
+TEXT_TOKENS = 77  # of CLIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,24 @@ class RowShape:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Self-attention, where there are as many keys as queries; else cross-attention."""
+
+    times: int
+    heads: int
+    width: int  # of a head
+    queries: int  # per image
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shapes:
-    """What one forward of a UNet normalizes and gates, for images of a size."""
+    """What one forward of a UNet normalizes, gates and attends to, for images of a size."""
 
     group_norms: list[GroupNormShape]
     layer_norms: list[RowShape]
     geglus: list[RowShape]
+    attentions: list[AttentionShape]
     parameters: int
 
 
@@ -62,9 +75,10 @@ SDXL_NORMS = [
     (7, 1280, 2, 1e-5, True, True), (1, 1920, 2, 1e-5, True, False),
     (2, 2560, 2, 1e-5, True, False),
 ]  # fmt: skip
-# (transformer blocks, width, halvings): each has three LayerNorms and one GEGLU of four widths
-SD15_BLOCKS = [(5, 320, 0), (5, 640, 1), (5, 1280, 2), (1, 1280, 3)]
-SDXL_BLOCKS = [(10, 640, 1), (60, 1280, 2)]
+# (transformer blocks, width, halvings, heads): each has three LayerNorms, one GEGLU of four widths,
+# self-attention and cross-attention
+SD15_BLOCKS = [(5, 320, 0, 8), (5, 640, 1, 8), (5, 1280, 2, 8), (1, 1280, 3, 8)]
+SDXL_BLOCKS = [(10, 640, 1, 10), (60, 1280, 2, 20)]
 UNETS = {
     "sd15": (SD15_NORMS, SD15_BLOCKS, 859_532_484),
     "sdxl": (SDXL_NORMS, SDXL_BLOCKS, 2_567_475_204),
@@ -84,13 +98,20 @@ def shapes(preset: str) -> Shapes:
         )
     norms, blocks, parameters = UNETS[unet]
     latent = int(pixels) // 8
-    tokens = [(count, (latent >> halvings) ** 2, width) for count, width, halvings in blocks]
+    tokens = [
+        (count, (latent >> halvings) ** 2, width, heads) for count, width, halvings, heads in blocks
+    ]
     return Shapes(
         [
             GroupNormShape(times, channels, latent >> halvings, eps, silu, time_embedding)
             for times, channels, halvings, eps, silu, time_embedding in norms
         ],
-        [RowShape(3 * count, rows, width) for count, rows, width in tokens],
-        [RowShape(count, rows, 4 * width) for count, rows, width in tokens],
+        [RowShape(3 * count, rows, width) for count, rows, width, _ in tokens],
+        [RowShape(count, rows, 4 * width) for count, rows, width, _ in tokens],
+        [
+            AttentionShape(count, heads, width // heads, rows, keys)
+            for count, rows, width, heads in tokens
+            for keys in (rows, TEXT_TOKENS)
+        ],
         parameters,
     )

@@ -33,3 +33,19 @@ def group_norm_shapes() -> list[tuple[tuple[int, int, int, int], float, bool, bo
             dims = 1, shape.channels, *((17, 16) if shape.channels <= 640 else (4, 4))
         every.add((dims, shape.eps, shape.silu, shape.time_embedding))
     return sorted(every)
+
+
+def attention_shapes() -> list[tuple[int, int, int, int]]:
+    """(heads, width of a head, queries, keys) of every attention of the UNets.
+
+    Without a GPU there is one head, and rows shrink to what takes each path through a kernel.
+    """
+    every = set()
+    for shape in (shape for preset in PRESETS for shape in shapes(preset).attentions):
+        if GPU:
+            every.add((shape.heads, shape.width, shape.queries, shape.keys))
+        else:
+            queries = min(shape.queries, 192)
+            own = shape.keys == shape.queries
+            every.add((1, shape.width, queries, queries if own else shape.keys))
+    return sorted(every)

@@ -149,6 +149,14 @@ def test_dot_multiplies_values(dtype):
     torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
 
 
+def test_dot_multiplies_values_beside_zeros():
+    a, b = (torch.randn(SIDE, SIDE).bfloat16() for _ in range(2))
+    a[3:] = 0
+    out = torch.empty(SIDE, SIDE)
+    dot[(1,)](a, b, out, SIDE=SIDE)
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
 def test_dot_takes_an_accumulator():
     def kernel(a, b, out, SIDE: tl.constexpr):
         at = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
