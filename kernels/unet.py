@@ -13,20 +13,23 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from .attention_choice import BACKENDS, explained
 from .dispatch import DTYPES
 from .geglu import geglu
 from .group_norm import group_norm
 from .layer_norm import MAX_WIDTH, add_layer_norm, layer_norm
+from .unet_attention import install, uninstall
 
-OPS = ("group_norm", "geglu", "layer_norm")
+OPS = ("group_norm", "geglu", "layer_norm", "attention")
 # Inductor fuses GEGLU and LayerNorm itself, at the speed of memory as far as anyone has measured;
 # they join when `fusedit.benchmarks.kernels` shows ours ahead of it on a GPU.
-COMPILED_OPS = ("group_norm",)
+COMPILED_OPS = ("group_norm", "attention")
 
 
 @dataclass
@@ -34,14 +37,16 @@ class Report:
     """What `fuse` did, module by module.
 
     Attributes:
-        fused: name of a norm or gate -> what runs in its place.
-        left: name of a norm or gate that stays as it is -> why.
+        fused: name of a norm, gate or attention -> what runs in its place.
+        left: name of one that stays as it is, or of a projection that is not packed -> why.
         plain_when_compiled: ops that torch.compile makes itself.
+        attention: which attention runs.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     plain_when_compiled: tuple[str, ...] = ()
+    attention: str = ""
 
     def __str__(self) -> str:
         counts = [f"{count} x {kind}" for kind, count in Counter(self.fused.values()).items()]
@@ -50,6 +55,7 @@ class Report:
             lines.append(
                 f"left to torch.compile where it traces: {', '.join(self.plain_when_compiled)}"
             )
+        lines += [self.attention] if self.attention else []
         lines += [f"left as it is: {name}: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -59,23 +65,28 @@ def fuse(
     *,
     ops: Collection[str] = OPS,
     compiled_ops: Collection[str] = COMPILED_OPS,
+    attention: str = "auto",
     report: bool = False,
 ) -> Report:
-    """Exchanges norms, gates and the additions before them for fused ones, in place.
+    """Exchanges norms, gates, the additions before them and attention for fused ones, in place.
 
     Args:
         unet: UNet2DConditionModel of SD 1.x, 2.x or XL, with any number of input channels; its
             weights lie in fp32, bf16 or fp16, on any device.
         ops: which of OPS to fuse.
         compiled_ops: which of them where torch.compile traces too; the others are plain there.
+        attention: of BACKENDS in attention_choice.py: "auto" is what was measured to be fastest,
+            "triton" ours, "sdpa" PyTorch's own choice, "cudnn" and "flash" one of those.
         report: prints what is returned.
 
     Returns: what was fused, what was not, and why.
-    Raises: ValueError, for an op not in OPS.
+    Raises: ValueError, for an op not in OPS, a backend not in BACKENDS.
     """
     for op in (*ops, *compiled_ops):
         if op not in OPS:
             raise ValueError(f"fuse: ops are {', '.join(OPS)}; got {op!r}")
+    if attention not in BACKENDS:
+        raise ValueError(f"fuse: attention is one of {', '.join(BACKENDS)}; got {attention!r}")
     unfuse(unet)
     made = Report(plain_when_compiled=tuple(op for op in ops if op not in compiled_ops))
     for site in [site for name, module in unet.named_modules() for site in _sites(name, module)]:
@@ -90,13 +101,20 @@ def fuse(
     for name, module in unet.named_modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm, GEGLU)) and name not in made.fused:
             made.left.setdefault(name, "in a place that fuse does not know")
+    if "attention" in ops:
+        install(unet, attention, "attention" in compiled_ops, made.fused, made.left)
+        made.attention = explained(attention, next(unet.parameters()).device)
+    else:
+        names = [name for name, module in unet.named_modules() if isinstance(module, Attention)]
+        made.left |= dict.fromkeys(names, "attention was not asked for")
     if report:
         print(made)
     return made
 
 
 def unfuse(unet: nn.Module) -> None:
-    """Gives every fused module its own class back."""
+    """Gives every fused module its own class back, and attention its processor."""
+    uninstall(unet)
     for module in unet.modules():
         if isinstance(module, Fused):
             module.__class__ = module.plain  # pyright: ignore[reportAttributeAccessIssue]

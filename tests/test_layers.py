@@ -106,7 +106,8 @@ def imports_a_later_module(source: Source) -> list[str]:
 
 def needs_more_than_torch(source: Source) -> list[str]:
     allowed = {"torch", "triton", *sys.stdlib_module_names}
-    allowed |= {"diffusers"} if source.path == "kernels/unet.py" else set()
+    knows_unets = source.path in ("kernels/unet.py", "kernels/unet_attention.py")
+    allowed |= {"diffusers"} if knows_unets else set()
     return [f"{source.path} imports {name}" for name in absolute_imports(source) - allowed]
 
 

@@ -102,6 +102,7 @@ def test_the_true_sd15_is_fused_whole():
     assert kinds == {
         "GroupNorm": 16, "GroupNorm + SiLU": 23, "time embedding + GroupNorm + SiLU": 22,
         "GEGLU": 16, "LayerNorm": 16, "residual + LayerNorm": 32,
+        "self-attention": 16, "cross-attention": 16,
     }  # fmt: skip
     assert not made.left
     assert made.plain_when_compiled == ("geglu", "layer_norm")
@@ -125,6 +126,14 @@ def test_the_inventory_of_shapes_is_that_of_the_true_unets(preset, changes):
     for row in listed.geglus:
         widths[row.width] += row.times
     assert Counter(gate.proj.out_features // 2 for gate in gates) == widths
+    for own in (True, False):
+        widths = Counter()
+        for row in listed.attentions:
+            if (row.queries == row.keys) == own:
+                widths[row.heads, row.width] += row.times
+        kind = "self-attention" if own else "cross-attention"
+        found = [model.get_submodule(name) for name, what in fused.items() if what == kind]
+        assert Counter((one.heads, one.inner_dim // one.heads) for one in found) == widths
     with_silu = [kind for kind in fused.values() if "SiLU" in kind]
     assert len(with_silu) == sum(row.times for row in listed.group_norms if row.silu)
     embedded = [kind for kind in fused.values() if "time embedding" in kind]
@@ -171,7 +180,7 @@ def test_compiled_is_as_near_too(compiled_ops, launches, device):
     assert_no_further_from_the_truth(*cpu, truth)
 
 
-def test_fp32_weights_under_autocast(truth, device):
+def test_fp32_weights_under_autocast(truth, device, launches):
     model = unet().to(device)
     given = inputs(model, device=device)
 
@@ -180,11 +189,12 @@ def test_fp32_weights_under_autocast(truth, device):
             return model(**given)
 
     plain = outcome(model, given, autocast)
-    fuse(model)
+    fuse(model, attention="triton")
     dtypes = []
     model.conv_norm_out.register_forward_hook(lambda _, given, out: dtypes.append(out.dtype))
     ours = outcome(model, given, autocast)
     assert dtypes == [torch.bfloat16]  # takes and gives the compute dtype
+    assert launches.count("backward_keys_kernel") == 5  # of 256 tokens, those at full size
     cpu = [{k: v.cpu() for k, v in found.items()} for found in (ours, plain)]
     assert_no_further_from_the_truth(*cpu, truth)
 
@@ -285,5 +295,5 @@ def test_the_report_is_printed_when_asked_for(capsys):
 
 
 def test_an_unknown_op_is_refused():
-    with pytest.raises(ValueError, match="ops are group_norm, geglu, layer_norm; got 'attention'"):
-        fuse(unet(), ops=("attention",))
+    with pytest.raises(ValueError, match=r"ops are group_norm, .*, attention; got 'convolution'"):
+        fuse(unet(), ops=("convolution",))

@@ -1,0 +1,259 @@
+"""The attention processor that `fuse` installs, on one transformer block's two attentions."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
+from torch.nn import functional as F
+
+from fusedit.benchmarks.accuracy import error_share
+from fusedit.kernels import attention_choice
+from fusedit.kernels.unet import fuse, unfuse
+from fusedit.kernels.unet_attention import FusedAttention
+
+HEADS, WIDTH, TEXT_WIDTH, TEXT = 2, 40, 24, 7
+SELF = ["forward_kernel", "backward_queries_kernel", "backward_keys_kernel"]
+CROSS = ["forward_kernel", "backward_kernel", "sum_kernel"]
+
+
+class Block(nn.Module):
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        inner = HEADS * WIDTH
+        sizes = {"query_dim": inner, "heads": HEADS, "dim_head": WIDTH, **changes}
+        self.attn1 = Attention(**sizes)
+        self.attn2 = Attention(**sizes, cross_attention_dim=TEXT_WIDTH)
+
+    def forward(self, states, text, **given):
+        states = states + self.attn1(states, **given)
+        return states + self.attn2(states, text, **given)
+
+
+class Adapted(nn.Linear):
+    """A projection with an adapter, as LoRA makes one: frozen weight, small trained product."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        self.down = nn.Parameter(torch.randn(2, base.in_features) / 8)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 8)
+
+    def forward(self, input):
+        return super().forward(input) + input @ self.down.T @ self.up.T
+
+
+def block(**changes) -> Block:
+    torch.manual_seed(0)
+    return Block(**changes)
+
+
+def inputs(dtype, device="cpu", rows=150):
+    torch.manual_seed(1)
+    states = torch.randn(2, rows, HEADS * WIDTH).to(device, dtype)
+    return states, torch.randn(2, TEXT, TEXT_WIDTH).to(device, dtype)
+
+
+def outcome(module, given, call=None):
+    """Output and gradients by name, under one random direction."""
+    out = (module if call is None else call)(*given)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out, parameters, direction)
+    return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_as_near_the_truth_as_plain(module, dtype, device):
+    """The fused module against its unfused copy, both in dtype, and that in fp64."""
+    plain = copy.deepcopy(module)
+    unfuse(plain)
+    truth = outcome(plain.double(), inputs(torch.float64))
+    theirs = outcome(plain.to(device, dtype), inputs(dtype, device))
+    ours = outcome(module.to(device, dtype), inputs(dtype, device))
+    for name, exact in truth.items():
+        share, what = error_share(ours[name].cpu(), theirs[name].cpu(), exact)
+        assert share is not None, f"{name}: {what}"
+        assert share <= 1, f"{name}: {what}"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_attention_is_as_near_the_truth_as_plain(dtype, bias, device, launches):
+    module = block(bias=bias)
+    fuse(module, attention="triton")
+    assert_as_near_the_truth_as_plain(module, dtype, device)
+    assert Counter(launches) == Counter(SELF + CROSS)
+
+
+def test_there_is_one_product_for_q_k_and_v(device):
+    module = block().to(device, torch.bfloat16)
+    products = []
+
+    class Products(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            if function is F.linear:
+                products.append(tuple(arguments[1].shape))
+            return function(*arguments, **(named or {}))
+
+    fuse(module, attention="triton")
+    with Products():
+        module(*inputs(torch.bfloat16, device))
+    inner = HEADS * WIDTH
+    assert products == [
+        (3 * inner, inner), (inner, inner), (inner, inner), (2 * inner, TEXT_WIDTH), (inner, inner)
+    ]  # fmt: skip
+
+
+def test_parameters_stay_and_unfuse_restores():
+    module = block()
+    before = {name: value.data_ptr() for name, value in module.state_dict().items()}
+    processors = [module.attn1.processor, module.attn2.processor]
+    made = fuse(module, attention="triton")
+    assert made.fused == {"attn1": "self-attention", "attn2": "cross-attention"}
+    assert not made.left
+    assert {name: value.data_ptr() for name, value in module.state_dict().items()} == before
+    fuse(module)  # again: not a processor around a processor
+    assert type(module.attn1.processor.plain) is AttnProcessor2_0
+    twin = copy.deepcopy(module)
+    assert type(twin.attn1.processor) is FusedAttention
+    unfuse(module)
+    assert [module.attn1.processor, module.attn2.processor] == processors
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_projections_with_an_adapter_stay_apart(when, device, launches):
+    module = block()
+    made = fuse(module, attention="triton")
+    for attn, part in ((module.attn1, "to_k"), (module.attn2, "to_v")):
+        setattr(attn, part, Adapted(getattr(attn, part)))
+    if when == "before":
+        made = fuse(module, attention="triton")
+        assert set(made.fused) == {"attn1", "attn2"}
+        assert set(made.left) == {"attn1.to_k", "attn2.to_v"}
+        assert "it carries an adapter or a hook (Adapted)" in made.left["attn1.to_k"]
+    assert_as_near_the_truth_as_plain(module, torch.bfloat16, device)
+    assert Counter(launches) == Counter(SELF + CROSS)
+
+
+def test_a_hook_on_a_projection_is_called(device):
+    module = block().to(device, torch.bfloat16)
+    called = []
+    module.attn1.to_v.register_forward_hook(lambda *_: called.append("to_v"))
+    made = fuse(module, attention="triton")
+    module(*inputs(torch.bfloat16, device))
+    assert called == ["to_v"]
+    assert "adapter or a hook" in made.left["attn1.to_v"]
+
+
+def test_frozen_projections_get_no_gradient(device):
+    module = block().to(device, torch.bfloat16)
+    fuse(module, attention="triton")
+    module.attn1.to_k.requires_grad_(False)
+    module(*inputs(torch.bfloat16, device)).sum().backward()
+    assert module.attn1.to_k.weight.grad is None
+    assert module.attn1.to_q.weight.grad is not None
+
+
+def test_a_mask_is_the_stock_processors(device, launches):
+    module = block().to(device, torch.bfloat16)
+    states, text = inputs(torch.bfloat16, device, rows=TEXT)
+    mask = torch.zeros(2, 1, TEXT, device=device, dtype=torch.bfloat16)
+    mask[:, :, 2:] = -10000
+    with torch.no_grad():
+        plain = module(states, text, attention_mask=mask)
+        fuse(module, attention="triton")
+        assert torch.equal(module(states, text, attention_mask=mask), plain)
+    assert not launches
+
+
+def test_an_image_is_the_stock_processors(device, launches):
+    attn = Attention(query_dim=16, heads=2, dim_head=8).to(device, torch.bfloat16)
+    image = torch.randn(2, 16, 3, 5, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = attn(image)
+        fuse(attn, attention="triton")
+        assert torch.equal(attn(image), plain)
+    assert not launches
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto", "sdpa", "flash"])
+def test_compiles_whole(backend, device, launches, monkeypatch):
+    choices = [chosen(WIDTH, 100, 100, "triton"), chosen(WIDTH, 200, 200, "triton")]
+    monkeypatch.setattr(attention_choice, "measured", lambda family: {"choices": choices})
+    module = block().to(device, torch.bfloat16)
+    fuse(module, attention=backend)
+    given = inputs(torch.bfloat16, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        module, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
+    ours, eager = outcome(module, given, compiled), outcome(module, given)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, eager[name], msg=name)
+    kernels = {"triton": SELF + CROSS, "auto": SELF}.get(backend, [])
+    assert Counter(launches) == Counter(2 * kernels)
+
+
+def test_it_can_be_plain_when_compiled(device, launches):
+    module = block().to(device, torch.bfloat16)
+    fuse(module, attention="triton", compiled_ops=())
+    torch._dynamo.reset()
+    torch.compile(module, fullgraph=True, backend="aot_eager")(*inputs(torch.bfloat16, device))
+    assert not launches
+
+
+def chosen(width, queries, keys, backend, dtype="bf16"):
+    return {
+        "width": width, "dtype": dtype, "queries": queries, "keys": keys, "backend": backend
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_auto_goes_by_the_dtype_that_the_products_have(autocast, device, launches, monkeypatch):
+    choices = [chosen(WIDTH, 150, 150, "triton"), chosen(WIDTH, 150, TEXT, "triton")]
+    monkeypatch.setattr(attention_choice, "measured", lambda family: {"choices": choices})
+    module = block().to(device)
+    fuse(module)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        module(*inputs(torch.float32, device)).sum().backward()
+    assert Counter(launches) == (Counter(SELF + CROSS) if autocast else Counter())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"norm_num_groups": 8}, "it has a group_norm"),
+        ({"qk_norm": "layer_norm"}, "it has a norm_q"),
+        ({"residual_connection": True}, "it adds its input, or rescales its output"),
+        ({"rescale_output_factor": 2.0}, "it adds its input, or rescales its output"),
+        ({"kv_heads": 1}, "its keys are not those of its heads alone"),
+        ({"dim_head": 20}, "its heads are 20 wide; served are multiples of 8 to 160"),
+        ({"dim_head": 168}, "its heads are 168 wide; served are multiples of 8 to 160"),
+        ({"scale_qk": False}, "its processor is AttnProcessor"),
+    ],
+)
+def test_what_is_not_served_is_left_and_named(changes, why):
+    module = block(**changes)
+    made = fuse(module, attention="triton")
+    assert made.left["attn1"] == why
+    assert not isinstance(module.attn1.processor, FusedAttention)
+
+
+def test_cudnn_is_left_where_its_backward_stops():
+    made = fuse(block(dim_head=160), attention="cudnn")
+    assert made.left["attn1"] == "its heads are 160 wide, and cuDNN's backward stops at 128"
+    assert not fuse(block(dim_head=128), attention="cudnn").left
+
+
+def test_attention_can_be_left_out():
+    module = block()
+    made = fuse(module, ops=("group_norm", "geglu", "layer_norm"))
+    assert made.left == dict.fromkeys(("attn1", "attn2"), "attention was not asked for")
+    assert type(module.attn1.processor) is AttnProcessor2_0
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="auto, triton, sdpa, cudnn, flash; got 'xformers'"):
+        fuse(block(), attention="xformers")
