@@ -328,3 +328,13 @@ def test_what_is_recorded_rounds_bf16_moments_by_chance():
         for kind in ("bf16", "fp32")
     }
     assert min(instructions["bf16"]) > 1.3 * max(instructions["fp32"])
+
+
+@pytest.mark.parametrize(("family", "product"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
+def test_attention_is_recorded_with_the_familys_matrix_products_alone(family, product):
+    recorded = [r for r in load(compiled.COMMITTED)[family] if "attention_kernels" in r.kernel]
+    products = [r for r in recorded if "sum_kernel" not in r.kernel]
+    assert len(products) > 40
+    for record in products:
+        kinds = {of.partition(".")[0] for of in record.mma}
+        assert kinds == {product}, f"{record.kernel} {record.configuration}: {record.mma}"
