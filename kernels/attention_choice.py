@@ -45,6 +45,8 @@ def choose(device: torch.device, dtype: torch.dtype, width: int, queries: int, k
     if not shorter:
         return "sdpa"
     below = known[max(shorter)]
+    if below == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        return "sdpa"  # PyTorch refuses cuDNN's attention then
     return below if not longer or known[min(longer)] == below else "sdpa"
 
 

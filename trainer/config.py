@@ -153,6 +153,10 @@ class LoopConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * ranks
 
 
+# Fastest as measured; our kernels; PyTorch's own choice; cuDNN's and flash through PyTorch.
+Attention = Literal["auto", "triton", "sdpa", "cudnn", "flash"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig:
     """Number formats and memory."""
@@ -162,9 +166,16 @@ class PrecisionConfig:
     )
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
-    enable_xformers_memory_efficient_attention: bool = False  # no effect: PyTorch's SDPA is used
+    attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
+    enable_xformers_memory_efficient_attention: bool = False  # no effect: see --attention
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
     plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
+
+    def __post_init__(self) -> None:
+        if self.plain and self.attention not in ("auto", "sdpa"):
+            raise UsageError(
+                f"--attention {self.attention} is not --plain, which is PyTorch's: leave out one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import checkpoint
-from .config import TRACKERS, OutputConfig, RunConfig
+from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import split_rows
 from .errors import UsageError
 from .optim import check_8bit
@@ -151,6 +151,18 @@ def _check_output(section: OutputConfig) -> None:
         raise UsageError(f"--logging_dir {logs} is a file; give a folder's name")
 
 
+def _check_attention(section: PrecisionConfig, precision: str, on_gpu: bool) -> None:
+    if section.attention in ("auto", "sdpa"):
+        return
+    flag = f"--attention {section.attention}"
+    if not on_gpu:
+        raise UsageError(f"{flag} needs a GPU; on a CPU take auto")
+    if precision == "no":
+        raise UsageError(f"{flag} needs --mixed_precision bf16 or fp16; in fp32 take auto")
+    if section.attention == "cudnn" and section.deterministic:
+        raise UsageError(f"{flag} is not --deterministic; with that take auto, triton or flash")
+
+
 def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     precision = config.precision.mixed_precision
     on_gpu = world.device.type == "cuda"
@@ -159,6 +171,7 @@ def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
         precision = "bf16" if native else "no"
     if precision == "fp16" and not on_gpu:
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
+    _check_attention(config.precision, precision, on_gpu)
     report_to = config.output.report_to
     if "all" in report_to.split(","):  # those that are installed
         report_to = ",".join(name for name in TRACKERS if is_installed(name))

@@ -91,6 +91,7 @@ class Run:
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
             fused=device.type == "cuda" and not config.precision.plain,
+            attention=config.precision.attention,
         )
         tokenize = make_tokenize(plan.described.tokenizer)
         vae, text_encoder = load_encoders(config.model)

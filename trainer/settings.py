@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",
+        "precision.attention",
         "precision.plain",
         "precision.enable_xformers_memory_efficient_attention",
         *(f"validation.{f.name}" for f in dataclasses.fields(ValidationConfig)),

@@ -35,12 +35,18 @@ def grow_conv_in(unet: UNet2DConditionModel, name: str) -> None:
 
 
 def prepare_unet(
-    unet: UNet2DConditionModel, device: torch.device, *, gradient_checkpointing: bool, fused: bool
+    unet: UNet2DConditionModel,
+    device: torch.device,
+    *,
+    gradient_checkpointing: bool,
+    fused: bool,
+    attention: str = "auto",
 ) -> tuple[UNet2DConditionModel, list[str]]:
     """Moves a UNet to the device in fp32, every parameter trainable.
 
     Args:
-        fused: puts the kernels of `kernels/unet.py` in the place of its norms and gates.
+        fused: puts the kernels of `kernels/unet.py` in the place of its norms, gates and attention.
+        attention: which, as `kernels/unet.py` takes it.
 
     Returns: the UNet, and a line for the log on what was fused and each thing that was not.
     """
@@ -50,4 +56,4 @@ def prepare_unet(
     if not fused:
         return unet, []
     unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
-    return unet, str(fuse(unet)).splitlines()
+    return unet, str(fuse(unet, attention=attention)).splitlines()

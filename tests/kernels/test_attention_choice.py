@@ -55,6 +55,16 @@ def test_dtypes_are_measured_apart(a_table):
     assert choose(CPU, torch.float32, 40, 4096, 4096) == "sdpa"
 
 
+def test_cudnn_is_not_taken_where_bits_must_be_the_same(a_table):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose(CPU, torch.bfloat16, 64, 4096, 4096) == "sdpa"
+        assert choose(CPU, torch.float16, 40, 4096, 4096) == "flash"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choose(CPU, torch.bfloat16, 64, 4096, 4096) == "cudnn"
+
+
 def test_without_a_gpu_it_is_pytorchs(a_table, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     assert choose(CPU, torch.bfloat16, 40, 4096, 4096) == "sdpa"

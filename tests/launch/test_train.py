@@ -206,6 +206,7 @@ def _truncate(here: Path) -> None:
         ({"held_out": 8}, "--held_out 8 leaves none of the dataset's 8 rows"),
         ({"resolution": 17}, "--resolution 17 must be a multiple of 2"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
+        ({"attention": "triton"}, "--attention triton needs a GPU; on a CPU take auto"),
         (
             {"val_image_url": "no.png", "validation_prompt": "x"},
             "--val_image_url no.png: there is no such",

@@ -1,0 +1,42 @@
+from typing import get_args
+
+import pytest
+
+from fusedit.kernels.attention_choice import BACKENDS
+from fusedit.trainer.config import Attention, PrecisionConfig
+from fusedit.trainer.errors import UsageError
+from fusedit.trainer.plan import _check_attention
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "on_gpu", "message"),
+    [
+        ({"attention": "triton"}, "bf16", False, "--attention triton needs a GPU; on a CPU take"),
+        ({"attention": "flash"}, "no", True, "--attention flash needs --mixed_precision bf16 or"),
+        ({"attention": "cudnn", "deterministic": True}, "bf16", True, "cudnn is not --determinis"),
+    ],
+)
+def test_attention_that_cannot_run_is_refused(settings, precision, on_gpu, message):
+    with pytest.raises(UsageError, match=message):
+        _check_attention(PrecisionConfig(**settings), precision, on_gpu)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_pytorchs_own_choice_runs_anywhere(attention):
+    section = PrecisionConfig(attention=attention, deterministic=True, plain=True)
+    _check_attention(section, "no", False)
+
+
+@pytest.mark.parametrize("attention", ["triton", "cudnn", "flash"])
+def test_what_a_gpu_can_run_is_taken(attention):
+    _check_attention(PrecisionConfig(attention=attention), "fp16", True)
+
+
+@pytest.mark.parametrize("attention", ["triton", "cudnn", "flash"])
+def test_plain_modules_have_pytorchs_attention(attention):
+    with pytest.raises(UsageError, match=f"--attention {attention} is not --plain"):
+        PrecisionConfig(plain=True, attention=attention)
+
+
+def test_the_flag_has_the_kernels_names():
+    assert get_args(Attention) == BACKENDS
