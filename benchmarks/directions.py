@@ -4,12 +4,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from .accuracy import Inputs, as_tuple
 from .accuracy import Op as Function
 from .harness import Timing
 from .ops import Case
 from .timing import MODES, Call, Timer
+
+FAILURES = (RuntimeError, ValueError, TritonError)  # of an implementation that cannot serve inputs
+
+
+def told(failure: BaseException) -> str:
+    """Its kind, and the first line of what it says."""
+    first = (str(failure).strip() or "no message").splitlines()[0]
+    return f"{type(failure).__name__}: {first}"
 
 
 def directions(inputs: Inputs) -> list[str]:

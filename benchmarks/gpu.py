@@ -11,20 +11,21 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 import torch._dynamo
-from triton.errors import TritonError
 
 from . import harness, report
 from .accuracy import Inputs, as_tuple
+from .directions import FAILURES, told
 from .flags import Flags, positive
 from .harness import ROOT, Record, say
 from .ops import OPS, Case, cases
+from .shapes import TEXT_TOKENS
 from .timing import Timer, ceilings
 
 PYTEST_PROCESSES = 6  # each compiles the kernels it meets; compiling is most of the time
@@ -110,19 +111,25 @@ def test_rows(xml: str | None, note: str) -> list[Record]:
 
 def run_checks(record: Record, flags: argparse.Namespace) -> None:
     """Each op at its heaviest shape: the same twice, in a graph, and under torch.compile."""
-    for name in OPS:
-        case = next(cases([name], [PRESET], BATCH, "bf16"))
+    for case in checked():
         for check in (same_twice, captured, compiled):
-            say(f"{check.__name__} {name}")
+            say(f"{check.__name__} {' '.join(map(str, case.labels.values()))}")
             labels = {"check": check.__name__, **case.labels}
             try:
                 note = check(case)
                 verdict = "wrong" if note else "right"
-            except (RuntimeError, TritonError) as failure:
-                first = (str(failure).strip() or "no message").splitlines()[0]
-                verdict, note = "failed", f"{type(failure).__name__}: {first}"
+            except FAILURES as failure:
+                verdict, note = "failed", told(failure)
                 torch.cuda.synchronize()  # raises, if the GPU itself is lost
             record["rows"].append(harness.row(labels, verdict=verdict, note=note))
+
+
+def checked() -> Iterator[Case]:
+    """The heaviest shape of each op; of attention that over text too, which has its own kernels."""
+    for name in OPS:
+        every = list(cases([name], [PRESET], BATCH, "bf16"))
+        over_text = [case for case in every if getattr(case.shape, "keys", 0) == TEXT_TOKENS]
+        yield from dict.fromkeys([every[0], *over_text[:1]])
 
 
 def same_twice(case: Case) -> str:

@@ -6,12 +6,13 @@
 #
 #   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
 #   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
+#            There is one more, attention, for a call of its own.
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
-#            kernel benchmark goes on where it stopped
+#            kernel benchmark and attention go on where they stopped
 #   WHEELS   folder of wheels to install beside the machine's packages first
 #   COMMIT   what the tree was made from, where it comes without .git
-#   FLAGS    for the kernel benchmark and tuning, as "--op geglu --shapes sd15-512"
+#   FLAGS    for kernels and tune, which leave attention out: "--op geglu --shapes sd15-512"
 #   PYTHON   with torch and triton                                         [python3]
 #
 # Nothing here changes a setting of the card. Exit code 1 if a part failed, 2 for a mistake above.
@@ -21,7 +22,10 @@ OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
-KNOWN="ceilings tests checks kernels optimizer tune"
+KNOWN="ceilings tests checks kernels optimizer tune attention"
+# Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
+OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
+ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
 
 mistake() {
   printf 'gpu.sh: %s\n' "$1" >&2
@@ -58,7 +62,7 @@ summary=() failed=0
 run() { # run PART LIMIT_S COMMAND...: unless it is done, and no longer than is left
   local part=$1 limit=$2 started=$SECONDS status left=$((LIMIT_S - SECONDS))
   shift 2
-  [[ " $PARTS " == *" $part "* ]] || return 0
+  [[ " $PARTS " == *" ${part%%-*} "* ]] || return 0 # attention-4 is of the part attention
   if grep -qs '^ "complete": true' "$OUT/$part.json"; then
     summary+=("$part: done before")
     return 0
@@ -88,14 +92,27 @@ part() { # part NAME LIMIT_S MODULE FLAGS...
   run "$1" "$2" "${command[@]}"
 }
 
+seconds() { # seconds MOST REST: for shapes, with a rest for the last one and what comes after
+  local left=$((LIMIT_S - SECONDS - $2))
+  echo $((left > $1 ? $1 : left > 15 ? left : 15))
+}
+
 everything() {
+  local ops attention
+  read -ra ops <<<"--op $OPS"
+  read -ra attention <<<"$ATTENTION --only_json"
   part ceilings 60 gpu ceilings
   part tests 200 gpu tests --limit_s 190
   part checks 120 gpu checks
-  local left=$((LIMIT_S - SECONDS))  # the last shape may take half a minute
-  part kernels 420 kernels --only_json --limit_s $((left > 425 ? 380 : left > 60 ? left - 45 : 15)) "${extra[@]}"
+  part kernels 420 kernels --only_json --limit_s "$(seconds 380 45)" "${ops[@]}" "${extra[@]}"
   part optimizer 90 optimizer
-  part tune 540 kernels --tune --limit_s 500 "${extra[@]}"
+  part tune 540 kernels --tune --limit_s 500 "${ops[@]}" "${extra[@]}"
+  part attention 460 kernels --name attention "${attention[@]}" --without compile \
+    --limit_s "$(seconds 420 150)"
+  part attention-4 150 kernels --name attention-4 "${attention[@]}" --batch 4 \
+    --without compile sdpa-efficient flex flash-attn --limit_s "$(seconds 120 35)"
+  run attention-choices 30 "$PYTHON" -m fusedit.benchmarks.choose "$OUT/attention.json" \
+    "$OUT/attention-4.json" --out "$OUT/attention-choices.json"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)

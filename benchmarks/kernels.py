@@ -4,8 +4,9 @@
 
 Every op at every shape of the UNets, forward and backward: first its answer, by the bar of
 `accuracy.py`, then its time in the three ways of `timing.py`, with the least bytes it must move and
-the share of the card's copy bandwidth that makes. Writes kernels.json after each shape, and
-kernels.md and kernels.png at the end. A run that was stopped goes on in the same folder.
+the share of the card's copy bandwidth that makes; attention with its useful operations, and theirs
+of the card's matrix products. Writes kernels.json after each shape, and kernels.md and kernels.png
+at the end. A run that was stopped goes on in the same folder.
 
 Without a GPU there is no time: the answers alone are checked, of the kernels where
 TRITON_INTERPRET=1 is set, else of their definitions, and the rows say which.
@@ -14,25 +15,30 @@ Exit codes: 0 done; 1 an answer is wrong, or --compare found a slowdown; 2 a mis
 """
 
 import argparse
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch._dynamo
 import torch._functorch.config
-from triton.errors import TritonError
 
-from ..kernels import dispatch
+from ..kernels import dispatch, tables
 from . import accuracy, harness, report, tune
 from .accuracy import Inputs
 from .accuracy import Op as Function
-from .directions import directions, timed
+from .directions import FAILURES, directions, timed, told
 from .flags import Flags, existing_file, positive, several_presets
-from .harness import Record, say
+from .harness import Record, Timing, say
 from .ops import DTYPES, OPS, PRESETS, Case, cases
-from .timing import Timer, ceilings
+from .sweeps import SWEEPS
+from .timing import MODES, Timer, ceilings
+
+RIVALS = list(dict.fromkeys(["eager", "compile", *(by for op in OPS.values() for by in op.rivals)]))
+TimeOf = Callable[[Function, str], dict[str, Timing]]  # of a function and a direction
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,18 +48,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--shapes", type=several_presets, default=list(PRESETS), help="presets")
     flags.add_argument("--batch", type=positive, help=f"default on a GPU: {PRESETS}; else 1")
     flags.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    flags.add_argument(
+        "--without", nargs="+", choices=RIVALS, default=[], help="rivals that are not run"
+    )
+    flags.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of timing")
     flags.add_argument("--out", type=Path, help="a folder; none: the table alone is printed")
+    flags.add_argument("--name", type=file_name, default="kernels", help="of the files")
     flags.add_argument("--compare", type=existing_file, help="a kernels.json of the same GPU")
     flags.add_argument("--tune", action="store_true", help="write the table of block shapes")
+    flags.add_argument(
+        "--kernel", nargs="+", choices=[what.kernel for what in SWEEPS], help="of --tune, these"
+    )
     flags.add_argument("--limit_s", type=positive, help="stop before a shape after this long")
-    flags.add_argument("--only_json", action="store_true", help="no kernels.md and kernels.png")
+    flags.add_argument("--only_json", action="store_true", help="neither .md nor .png")
     flags.add_argument("--commit", help="for a tree without .git")
     chosen = flags.parse_args(argv)
     if dispatch.INTERPRETED and chosen.dtype == "bf16":
-        flags.error("--dtype bf16: Triton's interpreter is wrong for bf16; use --dtype fp32")
+        flags.error("--dtype bf16: Triton's interpreter is wrong for bf16; use fp16 or fp32")
     if chosen.tune and not torch.cuda.is_available():
         flags.error("--tune: there is no GPU here to tune for; run it where there is one")
+    if chosen.kernel and not (chosen.tune and tune.asked(chosen)):
+        cure = "give its op by --op" if chosen.tune else "it goes with --tune"
+        flags.error(f"--kernel {' '.join(chosen.kernel)}: {cure}")
     return chosen
+
+
+def file_name(text: str) -> str:
+    if not re.fullmatch(r"[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, _ and -, got {text!r}")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,9 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.tune:
         return tune.run(flags, words)
     old = harness.read(flags.compare) if flags.compare else None
-    path = flags.out / "kernels.json" if flags.out else None
-    record = resumed(path, harness.new_record("kernels", words, flags.commit))
+    path = flags.out / f"{flags.name}.json" if flags.out else None
+    fresh = harness.new_record("kernels", words, flags.commit)
     on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        here = torch.device("cuda", torch.cuda.current_device())
+        fresh["provenance"]["machine"]["family"] = tables.family(here)
+    record = resumed(path, fresh)
     device = torch.device("cuda" if on_gpu else "cpu")
     timer = Timer(device) if on_gpu else None
     if timer:
@@ -82,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"--limit_s {flags.limit_s}: {len(todo) - index} shapes are left for another run")
             break
         say(f"{index + 1}/{len(todo)} {' '.join(map(str, case.labels.values()))}")
-        record["rows"] += measured(case, device, timer)
+        record["rows"] += measured(case, device, timer, flags)
         if path:
             harness.write(record, path)
     else:
@@ -130,22 +157,27 @@ def finish(record: Record, path: Path | None, old: Record | None, *, only_json: 
     return 1 if findings else 0
 
 
-def measured(case: Case, device: torch.device, timer: Timer | None) -> list[Record]:
+def measured(
+    case: Case, device: torch.device, timer: Timer | None, flags: argparse.Namespace
+) -> list[Record]:
     """A row for each implementation and direction."""
     inputs = case.inputs(device)
     definition = case.bind(case.op.definition)
     truth = accuracy.truth(definition, inputs)
-    ours = "ours" if dispatch.runs_triton(next(iter(inputs.values()))) else "definition"
-    functions = {ours: case.bind(case.op.ours)}
+    kernels_run = dispatch.runs_triton(next(iter(inputs.values())))
+    kernels_run = kernels_run and case.dtype in case.op.kernel_dtypes
+    functions = {"ours" if kernels_run else "definition": case.bind(case.op.ours)}
+    time_of = partial(timed, case, timer=timer, modes=flags.modes) if timer else None
     if timer:
         torch._dynamo.reset()  # else the ninth shape would silently run eagerly
-        functions |= {"eager": definition, "compile": torch.compile(definition, dynamic=False)}
-        functions |= {by: case.bind(f) for by, f in case.op.rivals.items() if f is not None}
+        rivals = {"eager": definition, "compile": torch.compile(definition, dynamic=False)}
+        rivals |= {by: case.bind(f) for by, f in case.op.rivals.items() if f is not None}
+        functions |= {by: f for by, f in rivals.items() if by not in flags.without}
     rows = []
     # With donated buffers, a backward that was compiled could run only once after its forward.
     with torch._functorch.config.patch(donated_buffer=False):
         for by, function in functions.items():
-            rows += _rows(case, by, function, inputs, truth, timer)
+            rows += _rows(case, by, function, inputs, truth, time_of)
     if timer:
         torch.cuda.empty_cache()
     return rows
@@ -157,7 +189,7 @@ def _rows(
     function: Function,
     inputs: Inputs,
     truth: accuracy.Truth,
-    timer: Timer | None,
+    time_of: TimeOf | None,
 ) -> list[Record]:
     ways = directions(inputs)
     error, timings = None, {}
@@ -165,14 +197,16 @@ def _rows(
         ulps, poison = case.op.normal_ulps, by == "ours"
         verdict = accuracy.judge(function, inputs, truth, normal_ulps=ulps, poison=poison)
         name, error, note = verdict.name, verdict.error, verdict.note
-        if timer and name == "right":
-            timings = {way: timed(case, function, way, timer) for way in ways}
-    except (RuntimeError, TritonError) as failure:  # of one implementation: the others go on
-        name, note = "failed", f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+        if time_of and name == "right":
+            timings = {way: time_of(function, way) for way in ways}
+    except FAILURES as failure:  # of one implementation: the others go on
+        name, note = "failed", told(failure)
         torch.cuda.synchronize()  # raises, if the GPU itself is lost
     if by == "definition":
-        note = note or "the definition ran: no GPU here"
-    elif not timer:
+        served = case.dtype in case.op.kernel_dtypes
+        why = "no GPU here" if served else f"no kernel takes {case.dtype}"
+        note = note or f"the definition ran: {why}"
+    elif not time_of:
         note = note or "interpreted"
     least, flops = case.op.least_bytes(inputs), case.op.flops(inputs)
     return [

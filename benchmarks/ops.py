@@ -26,9 +26,16 @@ from ..kernels.layer_norm import (
     layer_norm_reference,
 )
 from ..kernels.weighted_mse import weighted_mse, weighted_mse_reference
+from . import attention
 from .accuracy import Inputs
 from .accuracy import Op as Function
-from .others import apex_group_norm, flash_add_layer_norm, flash_layer_norm, liger_layer_norm
+from .others import (
+    ATTENTIONS,
+    apex_group_norm,
+    flash_add_layer_norm,
+    flash_layer_norm,
+    liger_layer_norm,
+)
 from .shapes import GROUPS, GroupNormShape, RowShape, Shapes, shapes
 
 PRESETS = {"sd15-256": 32, "sd15-512": 32, "sdxl-1024": 8}  # preset -> batch on a GPU
@@ -36,6 +43,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NORMAL_ULPS = 8  # kernels/philox.py promises them
 LATENT_CHANNELS = 4
 STEPS = 1000  # of the diffusion
+FLOPS_A_BYTE = 256  # of matrix products, in the time of a byte; H100: 790 TFLOP/s, 3 TB/s
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class Op:
     flops: Callable[[Inputs], tuple[int, int]]
     rivals: dict[str, Function | None] = field(default_factory=dict)  # None: not installed
     normal_ulps: int = 0
+    kernel_dtypes: tuple[str, ...] = tuple(DTYPES)  # what runs as kernels; the definition has all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +82,11 @@ class Case:
 
     @property
     def labels(self) -> dict[str, str | int]:
-        first = next(iter(self.inputs("meta").values()))
-        dims = "x".join(str(size) for size in first.shape)
+        inputs = self.inputs("meta")
+        dims = "x".join(str(size) for size in next(iter(inputs.values())).shape)
         extra = [name for name, value in self.keywords.items() if value is True]
-        extra += ["add"] if "add" in self.inputs("meta") else []
+        extra += ["add"] if "add" in inputs else []
+        extra += [f"{inputs['k'].shape[1]}keys"] if "k" in inputs else []
         shape = "+".join([dims, *extra])
         return {"op": self.op.name, "preset": self.preset, "shape": shape, "dtype": self.dtype}
 
@@ -99,7 +109,7 @@ class Case:
 
 
 def cases(names: list[str], presets: list[str], batch: int | None, dtype: str) -> Iterator[Case]:
-    """Every shape of some ops and presets, those that move most bytes in a step first."""
+    """Every shape of some ops and presets, in each preset those with most work first."""
     for preset in presets:
         latent_size = int(preset.partition("-")[2]) // 8
         every = []
@@ -108,11 +118,14 @@ def cases(names: list[str], presets: list[str], batch: int | None, dtype: str) -
             for shape in op.shapes(shapes(preset), latent_size):
                 size = batch or PRESETS.get(preset, 8)
                 every.append(Case(op=op, preset=preset, shape=shape, batch=size, dtype=dtype))
-        yield from sorted(every, key=_step_bytes, reverse=True)
+        yield from sorted(every, key=step_work, reverse=True)
 
 
-def _step_bytes(case: Case) -> int:
-    return case.shape.times * sum(case.op.least_bytes(case.inputs("meta")))
+def step_work(case: Case) -> float:
+    """What bounds the case in a step, bytes or matrix products, in bytes."""
+    inputs = case.inputs("meta")
+    flops = sum(case.op.flops(inputs)) / FLOPS_A_BYTE
+    return case.shape.times * max(sum(case.op.least_bytes(inputs)), flops)
 
 
 def _passes(forward: int, backward: int) -> Callable[[Inputs], tuple[int, int]]:
@@ -299,6 +312,17 @@ OPS = {
                 inputs["projected"].nbytes * 5 // 2,
             ),
             flops=_operations(10, 20),
+        ),
+        Op(
+            name="attention",
+            ours=attention.ours,
+            definition=attention.definition,
+            shapes=lambda unet, latent_size: unet.attentions,
+            inputs=attention.inputs,
+            least_bytes=attention.least_bytes,
+            flops=attention.flops,
+            rivals=ATTENTIONS,
+            kernel_dtypes=("bf16", "fp16"),
         ),
         Op(
             name="edit_input",

@@ -1,4 +1,4 @@
-"""A record for people: a Markdown table, and a plot of the share of the card's bandwidth.
+"""A record for people: Markdown tables, and a plot of the share of what the card does at best.
 
 python -m fusedit.benchmarks.report kernels.json ...   # writes .md and .png beside each
 """
@@ -13,18 +13,26 @@ from .flags import Flags, existing_file
 from .harness import Record, Timing, read, say
 from .timing import MODES
 
+OF_PRODUCTS = ("attention",)  # ops that matrix products bound, not bytes
+NOT_SHIPPED = ("ours", "compile", "flash-attn")  # all others are PyTorch's own attention
 COLOURS = {"ours": "#1f6feb", "compile": "#f0883e", "eager": "#9aa0a6"}
 
 
 def markdown(record: Record) -> str:
-    """Where it was measured, what did not go right, the times, and their sums over a step."""
+    """Where it was measured, what did not go right, the times, and their sums over a step.
+
+    Before the times of attention: forward and backward together against the best of PyTorch's.
+    """
     parts = [heading(record)]
     plain = [row for row in record["rows"] if not row["timings"]]
     if plain:
         parts.append(_untimed(plain))
     timed = [row for row in record["rows"] if row["timings"]]
-    if timed:
-        parts += [_times(timed, record["ceilings"]), _steps(timed)]
+    products = [row for row in timed if of_products(row)]
+    others = [row for row in timed if not of_products(row)]
+    parts.append(_against_best(products))
+    parts += [_times(rows, record["ceilings"]) for rows in (products, others) if rows]
+    parts.append(_steps(timed))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -50,15 +58,26 @@ def heading(record: Record) -> str:
     return "\n".join(lines)
 
 
+def of_products(row: Record) -> bool:
+    return row["labels"].get("op") in OF_PRODUCTS
+
+
+def rate(row: Record) -> float | None:
+    """Bytes a second, of the least that the work must move; of matrix products, operations."""
+    work = row["flops"] if of_products(row) else row["least_bytes"]
+    return work / (_headline(row).median_ms / 1e3) if row["timings"] and work else None
+
+
 def share(row: Record, found: Record | None) -> float | None:
-    """Of the copy bandwidth, by the least bytes the work must move."""
-    if not (row["timings"] and row["least_bytes"] and found):
+    """Of the copy's bytes a second in the same run, or of the matrix product's operations."""
+    reached = rate(row)
+    if not (reached and found):
         return None
-    return row["least_bytes"] / (_headline(row).median_ms / 1e3) / found["copy_bytes_per_s"]
+    return reached / found["bf16_flops_per_s" if of_products(row) else "copy_bytes_per_s"]
 
 
 def plot(record: Record, path: Path) -> bool:
-    """Share of the copy bandwidth by op and shape; False, and no file, where nothing was timed."""
+    """Share of the ceiling by op and shape; False, and no file, where nothing was timed."""
     if find_spec("matplotlib") is None:
         say("no plot: pip install 'fusedit[bench]', and python -m fusedit.benchmarks.report FILE")
         return False
@@ -92,7 +111,8 @@ def plot(record: Record, path: Path) -> bool:
         axis.axvline(100, color="black", linewidth=0.6)
         axis.legend(fontsize=7, loc="lower right")
     axes[-1, 0].set_xlabel(
-        f"% of the copy bandwidth of {record['provenance']['machine']['gpu']}, graph, cold inputs"
+        f"% of what {record['provenance']['machine']['gpu']} does at best, in a graph, on cold "
+        f"inputs: bytes of a copy; of a matrix product for {', '.join(OF_PRODUCTS)}"
     )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -122,7 +142,9 @@ def _times(rows: list[Record], found: Record | None) -> str:
     every = list(dict.fromkeys(by for cells in pivot.values() for by in cells))
     first = next(iter(pivot.values()))
     names = [key for key in next(iter(first.values()))["labels"] if key != "by"]
-    head = [*names, *(f"{by} ms" for by in every), "± %", "cold ms", "warm ms", "GB/s", "of copy"]
+    products = of_products(rows[0])
+    unit, per_unit, of = ("TFLOP/s", 1e12, "product") if products else ("GB/s", 1e9, "copy")
+    head = [*names, *(f"{by} ms" for by in every), "± %", "cold ms", "warm ms", unit, f"of {of}"]
     lines = []
     for name, cells in pivot.items():
         medians = [f"{_headline(cells[by]).median_ms:.4g}" if by in cells else "-" for by in every]
@@ -135,18 +157,47 @@ def _times(rows: list[Record], found: Record | None) -> str:
             timing = ours["timings"].get(mode)
             line.append(f"{timing['median_ms']:.4g}" if timing else "-")
         line.insert(-2, f"{100 * _headline(ours).spread:.1f}")
-        moved, part = ours["least_bytes"], share(ours, found)
-        line.append(f"{moved / _headline(ours).median_ms / 1e6:.0f}" if moved else "-")
+        reached, part = rate(ours), share(ours, found)
+        line.append(f"{reached / per_unit:.0f}" if reached else "-")
         line.append(f"{part:.0%}" if part is not None else "-")
         lines.append(line)
     return _table(head, lines)
+
+
+def _against_best(rows: list[Record]) -> str:
+    """TFLOP/s of ours and of the best that PyTorch ships, by forward and backward together."""
+    shapes: dict[tuple[str, ...], dict[str, dict[str, Record]]] = {}
+    for row in rows:
+        *name, way, by = row["labels"].values()
+        shapes.setdefault(tuple(name), {}).setdefault(by, {})[way] = row
+    head = ["op", "preset", "shape", "dtype", "PyTorch's best", "forward: ours, best", "backward",
+            "both, TFLOP/s", "ours / best"]  # fmt: skip
+    lines = []
+    for name, cells in shapes.items():
+        rates = {by: _rates(ways) for by, ways in cells.items() if len(ways) == 2}
+        theirs = {by: of for by, of in rates.items() if by not in NOT_SHIPPED}
+        if "ours" not in rates or not theirs:
+            continue
+        best = max(theirs, key=lambda by: theirs[by][-1])
+        pairs = list(zip(rates["ours"], theirs[best], strict=True))
+        told = [f"{own / 1e12:.0f}, {other / 1e12:.0f}" for own, other in pairs]
+        lines.append([*name, best, *told, f"{pairs[-1][0] / pairs[-1][1]:.2f}"])
+    return _table(head, lines) if lines else ""
+
+
+def _rates(ways: dict[str, Record]) -> tuple[float, float, float]:
+    """Operations a second: forward, backward, both together."""
+    work = [ways[way]["flops"] for way in ("forward", "backward")]
+    seconds = [_headline(ways[way]).median_ms / 1e3 for way in ("forward", "backward")]
+    return work[0] / seconds[0], work[1] / seconds[1], sum(work) / sum(seconds)
 
 
 def _steps(rows: list[Record]) -> str:
     """Milliseconds in one step of the UNet: each shape as often as it occurs, both directions."""
     sums: dict[tuple[str, str], dict[str, float]] = {}
     shapes: dict[tuple[str, str], set[str]] = {}
-    shown = ("ours", "compile", "eager")
+    ran = {row["labels"].get("by") for row in rows}
+    shown = [by for by in ("ours", "compile", "eager") if by in ran or by != "compile"]
     for name, cells in _pivot(row for row in rows if "times" in row["values"]).items():
         if not all(by in cells for by in shown):
             continue

@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from triton.errors import TritonError
 
 from ..kernels import tables
 from . import accuracy, harness
-from .directions import timed
+from .directions import FAILURES, timed, told
 from .harness import Record, Timing, say
-from .ops import Case, cases
+from .ops import Case, cases, step_work
 from .sweeps import SWEEPS, Config, Sweep
 from .timing import Timer, ceilings
 
 TOLERANCE = 0.02  # a candidate this close to the fastest is as fast
-MOST_SHAPES = 2  # of one size class: those that move most bytes in a step
+MOST_SHAPES = 2  # of one size class: those with most work in a step, of any preset
 
 Entries = dict[str, list[dict]]
 Times = Mapping[int, Mapping[Config, float]]  # size -> candidate -> milliseconds a step
@@ -144,7 +143,8 @@ def classes(what: Sweep, table: Entries, flags: argparse.Namespace) -> dict[int,
     found: dict[int, list[Case]] = {}
     ops = [op for op in what.ops if op in flags.op]
     # A whole-group kernel is asked at every size, the others where it is not taken.
-    for case in cases(ops, flags.shapes, flags.batch, flags.dtype):
+    every = cases(ops, flags.shapes, flags.batch, flags.dtype)
+    for case in sorted(every, key=step_work, reverse=True):
         with serving(table) as picked:
             inputs = case.inputs("cuda")
             accuracy.run(case.bind(case.op.ours), inputs, _directions(case, inputs))
@@ -177,11 +177,17 @@ def measurer(timer: Timer) -> Measure:
                 if verdict.note:
                     return verdict.note
                 return timed(case, ours, what.direction, timer, ["graph"])["graph"]
-        except (RuntimeError, TritonError) as failure:
+        except FAILURES as failure:
             torch.cuda.synchronize()  # raises, if the GPU itself is lost
-            return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+            return told(failure)
 
     return measure
+
+
+def asked(flags: argparse.Namespace) -> list[Sweep]:
+    """The sweeps of the ops, or those of the kernels among them that are named."""
+    of_ops = [what for what in SWEEPS if {*what.ops} & {*flags.op}]
+    return [what for what in of_ops if not flags.kernel or what.kernel in flags.kernel]
 
 
 def run(flags: argparse.Namespace, words: list[str]) -> int:
@@ -194,7 +200,7 @@ def run(flags: argparse.Namespace, words: list[str]) -> int:
     table, out = json.loads(source.read_text()), flags.out or source.parent
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    todo = [what for what in SWEEPS if {*what.ops} & {*flags.op}]
+    todo = asked(flags)
     for index, what in enumerate(todo):
         if flags.limit_s and time.monotonic() - started > flags.limit_s:
             say(

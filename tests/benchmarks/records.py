@@ -30,9 +30,33 @@ def row(by: str = "ours", median_ms: float = 1.0, *, verdict: str = "right", **l
     )
 
 
+def attention_row(
+    by: str,
+    median_ms: float,
+    direction: str,
+    *,
+    flops: int | None = 10**12,
+    verdict: str = "right",
+    **labels,
+) -> Record:
+    """Of a graph alone, as gpu.sh measures it."""
+    named = {"op": "attention", "preset": "sd15-512", "shape": "32x4096x8x40+4096keys"}
+    named |= {"dtype": "bf16", "direction": direction, **labels, "by": by}
+    times = {"graph": timing(median_ms)} if verdict == "right" else None
+    return harness.row(named, verdict=verdict, timings=times, flops=flops, values={"times": 5})
+
+
+def both_ways(by: str, forward_ms: float, backward_ms: float, **labels) -> list[Record]:
+    flops = {"forward": 10**12, "backward": 25 * 10**11}
+    return [
+        attention_row(by, ms, way, flops=flops[way], **labels)
+        for way, ms in (("forward", forward_ms), ("backward", backward_ms))
+    ]
+
+
 def record(*rows: Record, gpu: str | None = "Fake H100") -> Record:
     made = harness.new_record("kernels", ["--op", "geglu"])
-    made["provenance"]["machine"]["gpu"] = gpu
+    made["provenance"]["machine"] |= {"gpu": gpu, "family": "sm_90"} if gpu else {"gpu": None}
     made["rows"] = list(rows)
     made["ceilings"] = dict(CEILINGS)
     made["complete"] = True

@@ -6,21 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedit.benchmarks import gpu, harness, optimizer
+from fusedit.benchmarks import choose, gpu, harness, kernels, optimizer
 from fusedit.benchmarks.ops import OPS
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["ceilings", "tests", "checks", "kernels", "optimizer", "tune"]
+OF_ATTENTION = ["attention", "attention-4", "attention-choices"]
 STUB = """#!/usr/bin/env bash
-# python -m fusedit.benchmarks.MODULE [PART] ... --out DIR ...
+# python -m fusedit.benchmarks.MODULE [PART] ... --out DIR ..., or --out FILE of choose
 module=${2##*.} part=${2##*.}
 [[ $module == gpu ]] && part=$3
 [[ " $* " == *" --tune "* ]] && part=tune
+[[ $3 == --name ]] && part=$4
+[[ $module == choose ]] && part=attention-choices
 echo "$part $*" >>"$CALLS"
 [[ $part == "${BREAKS:-}" ]] && exit 7
 [[ $part == "${HANGS:-}" ]] && sleep 60
 while [[ $1 != --out ]]; do shift; done
-printf '{\\n "schema": 1,\\n "complete": true\\n}\\n' >"$2/$part.json"
+[[ $module == choose ]] && file=$2 || file=$2/$part.json
+printf '{\\n "schema": 1,\\n "complete": true\\n}\\n' >"$file"
 """
 XML = """<testsuites><testsuite>
 <testcase classname="tests.kernels.test_geglu" name="test_a" time="1.5"/>
@@ -65,9 +69,51 @@ def test_every_part_runs_once_and_leaves_its_file(script):
         *(f"{p}.json" for p in PARTS),
     }
     assert all("--commit abc" in line for line in asked)
-    assert [("--op geglu" in line) for line in asked] == [p in ("kernels", "tune") for p in PARTS]
+    assert [line.count("--op geglu") for line in asked] == [p in ("kernels", "tune") for p in PARTS]
     assert done.stdout.index("== summary") > done.stdout.index("== tune")
     assert (script.out / "log.txt").read_text() == done.stdout
+
+
+def flags_of(line):
+    """What is asked of the kernel benchmark, as it reads it."""
+    return kernels.parse(line.split(" -m fusedit.benchmarks.kernels ")[1].split())
+
+
+def test_attention_is_a_part_of_its_own(script, fake_gpu):
+    done, parts, asked = script(PARTS="attention", COMMIT="abc", FLAGS="--op geglu")
+    assert done.returncode == 0, done.stdout
+    assert parts == OF_ATTENTION
+    files = {path.name for path in script.out.iterdir()}
+    assert files == {"log.txt", *(f"{part}.json" for part in OF_ATTENTION)}
+    every, few = map(flags_of, asked[:2])
+    presets = ["sd15-256", "sd15-512", "sd15-1024", "sdxl-512", "sdxl-1024"]
+    for flags in (every, few):
+        assert (flags.op, flags.shapes, flags.modes) == (["attention"], presets, ["graph"])
+        assert (flags.out, flags.commit, flags.only_json) == (script.out, "abc", True)
+    assert (every.batch, few.batch) == (None, 4)
+    assert every.without == ["compile"]
+    rivals = {"eager", "compile", *OPS["attention"].rivals}
+    assert rivals - {*few.without} == {*choose.BACKENDS, choose.OWN_CHOICE} - {"ours"}
+    assert (every.limit_s, few.limit_s) == (420, 120)  # of 570, when the first begins
+    read = f"{script.out}/attention.json {script.out}/attention-4.json"
+    assert asked[2].endswith(f"choose {read} --out {script.out}/attention-choices.json")
+
+
+def test_other_parts_leave_attention_out(script, fake_gpu):
+    _, parts, asked = script(PARTS="kernels tune")
+    assert parts == ["kernels", "tune"]
+    for line in asked:
+        assert sorted(flags_of(line).op) == sorted({*OPS} - {"attention"})
+    _, _, (tuned,) = script(PARTS="tune", OUT=f"{script.out}2", FLAGS="--op attention")
+    assert flags_of(tuned).op == ["attention"]
+
+
+def test_attention_goes_on_where_it_stopped(script):
+    script.out.mkdir()
+    (script.out / "attention.json").write_text('{\n "complete": true\n}\n')
+    done, parts, _ = script(PARTS="attention")
+    assert parts == OF_ATTENTION[1:]
+    assert "attention: done before" in done.stdout
 
 
 def test_parts_that_are_done_are_skipped_and_others_go_on(script):
@@ -143,6 +189,12 @@ def test_every_op_is_checked_and_a_graph_that_does_not_replay_is_wrong(fake_gpu,
         for op in OPS
         for check in ("same_twice", "captured", "compiled")
     }
+
+
+def test_checked_are_the_kernels_of_long_and_of_short_attention():
+    shapes = [case.labels["shape"] for case in gpu.checked() if case.op.name == "attention"]
+    assert shapes == ["2x1024x8x40+1024keys", "2x1024x8x40+77keys"]
+    assert len(list(gpu.checked())) == len(OPS) + 1
 
 
 def test_a_difference_is_seen():

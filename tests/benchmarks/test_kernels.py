@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch._functorch.config
 
-from fusedit.benchmarks import harness, kernels, ops
+from fusedit.benchmarks import attention, harness, kernels, ops, others
 from fusedit.benchmarks.directions import backward, forward
 from fusedit.benchmarks.ops import OPS, PRESETS, cases
 from fusedit.benchmarks.timing import MODES, MOST_SETS, Timer, ceilings
+from fusedit.kernels.attention import attention_reference
 from fusedit.kernels.geglu import geglu_reference
 
 SMALL = ["--shapes", "sd15-64", "--batch", "1"]
@@ -64,6 +65,128 @@ def test_the_heaviest_shapes_come_first():
     every = list(cases(["geglu", "layer_norm"], ["sd15-512"], 1, "bf16"))
     moved = [case.shape.times * sum(case.op.least_bytes(case.inputs("meta"))) for case in every]
     assert moved == sorted(moved, reverse=True)
+    sizes = [(c.shape.queries, c.shape.keys) for c in cases(["attention"], ["sd15-512"], 1, "bf16")]
+    assert sizes[:3] == [(4096, 4096), (1024, 1024), (4096, 77)]  # of products, not of bytes
+    assert sizes[-1] == (64, 64)
+
+
+def test_attention_is_counted_by_hand():
+    by_keys = {case.shape.keys: case for case in cases(["attention"], ["sd15-512"], 2, "bf16")}
+    inputs = by_keys[4096].inputs("meta")
+    of_queries, of_keys = 2 * 4096 * 320 * 2, 2 * 4096 * 320 * 2  # [2, 4096, 8, 40] in bf16
+    assert attention.least_bytes(inputs) == (2 * (of_queries + of_keys), 4 * (of_queries + of_keys))
+    assert attention.flops(inputs) == (4 * 2 * 8 * 4096**2 * 40, 10 * 2 * 8 * 4096**2 * 40)
+    over_text = next(c for c in cases(["attention"], ["sd15-512"], 2, "bf16") if c.shape.keys == 77)
+    assert over_text.shape.queries == 4096
+    of_keys = 2 * 77 * 320 * 2
+    inputs = over_text.inputs("meta")
+    assert attention.least_bytes(inputs) == (2 * (of_queries + of_keys), 4 * (of_queries + of_keys))
+    assert attention.flops(inputs)[0] == 4 * 2 * 8 * 4096 * 77 * 40
+
+
+def test_labels_tell_keys_apart_and_other_ops_keep_theirs():
+    def shape(name, **wanted):
+        every = cases([name], ["sd15-512"], 2, "bf16")
+        fits = (c for c in every if all(getattr(c.shape, n) == v for n, v in wanted.items()))
+        return next(fits).labels["shape"]
+
+    assert shape("attention", queries=4096, keys=77) == "2x4096x8x40+77keys"
+    assert shape("attention", queries=4096, keys=4096) == "2x4096x8x40+4096keys"
+    assert shape("geglu", tokens=4096) == "2x4096x2560"
+    assert shape("group_norm", size=64, time_embedding=True) == "2x320x64x64+silu+add"
+
+
+def projections(dtype, *, batch=2, queries=10, keys=7, heads=3, width=8):
+    sizes = {"q": queries, "k": keys, "v": keys}
+    return {
+        name: torch.randn(batch, rows, heads, width, dtype=dtype, requires_grad=True)
+        for name, rows in sizes.items()
+    }
+
+
+@pytest.mark.parametrize(("most", "pieces"), [(1, 6), (140, 4), (10**6, 2)])
+def test_attentions_truth_is_the_definitions_some_heads_at_a_time(monkeypatch, most, pieces):
+    held = []
+
+    def watched(*projections):
+        held.append(projections[0].shape[2])
+        return attention_reference(*projections)
+
+    monkeypatch.setattr(attention, "MOST_SCORES", most)
+    inputs = projections(torch.float64)
+    expected = attention_reference(*inputs.values())
+    direction = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, [*inputs.values()], direction)
+    monkeypatch.setattr(attention, "attention_reference", watched)
+    out = attention.definition(**inputs)
+    assert len(held) == pieces
+    assert sum(held) == 2 * 3
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, [*inputs.values()], direction), grads)
+    assert len(held) == 2 * pieces  # made again: no piece's scores wait for the backward
+
+
+def test_attention_in_another_dtype_is_the_definition_whole(monkeypatch):
+    monkeypatch.setattr(attention, "checkpoint", None)
+    inputs = projections(torch.bfloat16)
+    assert torch.equal(attention.definition(**inputs), attention_reference(*inputs.values()))
+
+
+@pytest.mark.parametrize("by", ["sdpa-flash", "flex", "flash-attn"])
+def test_a_rival_computes_attention(by, fake_gpu, monkeypatch):
+    class Library:
+        @staticmethod
+        def flash_attn_func(q, k, v):
+            return attention_reference(q, k, v)
+
+    monkeypatch.setattr(others, "_FLASH_ATTENTION", Library)
+    rivals = others.ATTENTIONS | {"flash-attn": others._flash_attention}
+    inputs = {name: value.detach() for name, value in projections(torch.float32).items()}
+    found = rivals[by](**inputs)  # without a gradient: flex_attention has none on a CPU
+    torch.testing.assert_close(found, attention_reference(*inputs.values()))
+    others._flex.cache_clear()
+
+
+def test_a_rival_that_does_not_serve_a_shape_is_told_and_ends_nothing(
+    fake_gpu, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(kernels, "dispatch", dispatch_that_runs())
+    assert kernels.main(["--op", "attention", *SMALL, "--out", str(tmp_path)]) == 0
+    rows = harness.read(tmp_path / "kernels.json")["rows"]
+    verdicts = {row["labels"]["by"]: row["verdict"] for row in rows}
+    assert verdicts == {
+        **dict.fromkeys(["ours", "eager", "compile", "sdpa-flash"], "right"),
+        **dict.fromkeys(["sdpa-cudnn", "sdpa-efficient", "flex"], "failed"),
+    }
+    notes = {row["labels"]["by"]: row["note"] for row in rows}
+    assert notes["sdpa-cudnn"].startswith("RuntimeError: No")
+    assert "does not support backward on CPU" in notes["flex"]
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_not_run_and_files_are_named(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "dispatch", dispatch_that_runs())
+    flags = ["--op", "attention", *SMALL, "--out", str(tmp_path), "--name", "attention-4"]
+    flags += ["--modes", "graph", "--only_json"]
+    assert kernels.main([*flags, "--without", *sorted({*kernels.RIVALS} - {"eager"})]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["attention-4.json"]
+    record = harness.read(tmp_path / "attention-4.json")
+    assert {row["labels"]["by"] for row in record["rows"]} == {"ours", "eager"}
+    assert all({*row["timings"]} == {"graph"} for row in record["rows"])
+    assert record["provenance"]["machine"]["family"] == "sm_90"
+
+
+@pytest.mark.parametrize(("dtype", "by"), [("fp32", "definition"), ("fp16", "ours")])
+def test_only_what_ran_as_kernels_is_said_to_be_ours(dtype, by, monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "dispatch", dispatch_that_runs())
+    flags = ["--op", "attention", *SMALL, "--dtype", dtype, "--out", str(tmp_path)]
+    assert kernels.main(flags) == 0
+    rows = harness.read(tmp_path / "kernels.json")["rows"]
+    assert {row["labels"]["by"] for row in rows} == {by}
+    told = {row["note"] for row in rows}
+    assert told == {
+        "the definition ran: no kernel takes fp32" if dtype == "fp32" else "interpreted"
+    }
 
 
 def test_without_a_gpu_the_definitions_are_checked_and_said_to_be(tmp_path, capsys):
@@ -112,8 +235,10 @@ def test_on_a_gpu_everything_is_timed_in_every_way(fake_gpu, monkeypatch, tmp_pa
     record = harness.read(tmp_path / "kernels.json")
     assert record["complete"]
     assert {row["labels"]["op"] for row in record["rows"]} == {*OPS}
+    gpu_alone = {"sdpa-cudnn", "sdpa-efficient", "flex"}
     for row in record["rows"]:
-        assert {*row["timings"]} == {*MODES}, row["name"]
+        if row["labels"]["by"] not in gpu_alone:
+            assert {*row["timings"]} == {*MODES}, row["name"]
     assert (tmp_path / "kernels.png").is_file()
     assert "eager / ours" in (tmp_path / "kernels.md").read_text()
 
@@ -193,6 +318,10 @@ def test_a_slowdown_ends_with_1(fake_gpu, monkeypatch, tmp_path, capsys):
         (["--shpes", "sd15-256"], "there is no --shpes: did you mean --shapes?"),
         (["--compare", "nowhere.json"], "--compare: 'nowhere.json': No such file"),
         (["--tune"], "--tune: there is no GPU here to tune for; run it where there is one"),
+        (["--name", "a/b"], "--name: must be letters, digits, _ and -, got 'a/b'"),
+        (["--without", "ours"], "--without: invalid choice: 'ours'"),
+        (["--modes", "hot"], "--modes: invalid choice: 'hot'"),
+        (["--kernel", "geglu.forward"], "--kernel geglu.forward: it goes with --tune"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_2(flags, told, capsys):
@@ -214,11 +343,26 @@ def test_the_command_ends_with_its_codes():
     assert "forward/ours | right" in good.stdout
 
 
+def test_interpreted_attention_is_right_in_fp16():
+    done = command("--op", "attention", *SMALL, "--dtype", "fp16", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert "+77keys/fp16/backward/ours | right" in done.stdout
+
+
+def test_a_kernel_is_tuned_with_its_op(fake_gpu, capsys):
+    flags = ["--tune", "--kernel", "attention.forward"]
+    with pytest.raises(SystemExit):
+        kernels.parse([*flags, "--op", "geglu"])
+    assert "--kernel attention.forward: give its op by --op" in capsys.readouterr().err
+    asked = kernels.tune.asked(kernels.parse([*flags, "geglu.forward"]))
+    assert [what.kernel for what in asked] == ["geglu.forward", "attention.forward"]
+
+
 def test_the_interpreter_is_not_asked_for_bf16(monkeypatch, capsys):
     monkeypatch.setattr(kernels.dispatch, "INTERPRETED", True)
     with pytest.raises(SystemExit):
         kernels.main(["--op", "geglu"])
-    assert "--dtype bf16: Triton's interpreter is wrong for bf16; use --dtype fp32" in (
+    assert "--dtype bf16: Triton's interpreter is wrong for bf16; use fp16 or fp32" in (
         capsys.readouterr().err
     )
 

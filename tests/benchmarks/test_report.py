@@ -1,5 +1,5 @@
 import pytest
-from records import record, row
+from records import both_ways, record, row
 
 from fusedit.benchmarks import report
 from fusedit.benchmarks.harness import write
@@ -63,3 +63,48 @@ def test_files_get_their_table_and_plot_beside_them(tmp_path, capsys):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png"]
     assert report.main([str(tmp_path / "kernels.json"), "--print"]) == 0
     assert (tmp_path / "kernels.md").read_text() in capsys.readouterr().out
+
+
+def cells(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+ATTENTION = [
+    *both_ways("ours", 2.0, 5.0),  # 1 and 2.5 TFLOP
+    *both_ways("eager", 4.0, 10.0),
+    *both_ways("sdpa-cudnn", 1.0, 9.8),  # faster forward, and less than eager together
+    *both_ways("flex", 5.0, 5.5),
+    *both_ways("flash-attn", 1.0, 1.0),  # not PyTorch's
+    *both_ways("compile", 1.0, 1.0),
+]
+
+
+def test_attention_is_compared_with_the_best_that_pytorch_ships():
+    text = report.markdown(record(*ATTENTION))
+    found = cells(text, "| attention | sd15-512 | 32x4096x8x40+4096keys | bf16 | flex")
+    assert found[5:] == ["500, 200", "500, 455", "500, 333", "1.50"]
+
+
+def test_an_implementation_that_has_no_backward_is_not_the_best():
+    rows = [*both_ways("ours", 2.0, 5.0), *both_ways("eager", 4.0, 10.0)]
+    failed = both_ways("sdpa-flash", 1.0, 1.0, verdict="failed")
+    text = report.markdown(record(*rows, *failed))
+    assert cells(text, "| attention | sd15-512")[4] == "eager"
+    assert "ours / best" not in report.markdown(record(*rows[1:]))
+
+
+def test_attention_has_a_table_of_its_own_in_operations():
+    text = report.markdown(record(*ATTENTION, *three(0.5, 1.0, 2.0)))
+    heads = [line for line in text.splitlines() if line.startswith("| op | preset | shape | dtype")]
+    assert len(heads) == 3
+    assert heads[1].endswith("| TFLOP/s | of product |")
+    assert "flex ms" not in heads[2]
+    forward = cells(text, "| attention | sd15-512 | 32x4096x8x40+4096keys | bf16 | forward")
+    assert forward[-2:] == ["500", "62%"]  # of 800
+    assert report.share(ATTENTION[0], record()["ceilings"]) == pytest.approx(500 / 800)
+
+
+def test_a_step_of_what_was_not_compiled_is_ours_and_eagers():
+    text = report.markdown(record(*both_ways("ours", 2.0, 5.0), *both_ways("eager", 4.0, 10.0)))
+    assert "| sd15-512 | attention | 1 | 35 | 70 | 2.00 |" in text

@@ -10,13 +10,17 @@ from fusedit.benchmarks import harness, kernels, ops, sweeps, tune
 from fusedit.benchmarks.ops import OPS, cases
 from fusedit.benchmarks.sweeps import SWEEPS, Sweep
 from fusedit.benchmarks.tune import kept, layout, select, serving, sweep
+from fusedit.kernels import attention as attention_module
 from fusedit.kernels import geglu as geglu_module
 from fusedit.kernels import tables
+from fusedit.kernels.attention import attention_reference
 from fusedit.kernels.geglu import geglu_reference
 
 SMALL, LARGE = (("ROWS", 4), ("num_warps", 4)), (("ROWS", 8), ("num_warps", 4))
 OLD = (("ROWS", 1), ("num_warps", 4))
 CPU = torch.device("cpu")
+OF_ATTENTION = [what for what in SWEEPS if what.ops == ("attention",)]
+WIDTHS = (40, 64, 80, 160)  # of the UNets' heads
 
 
 def test_the_fastest_of_each_size_is_chosen():
@@ -71,8 +75,103 @@ def test_each_sweep_has_candidates_for_a_kernel_of_the_tables(what):
         bounds = {name for entry in entries for name in entry.get("up_to", {})}
         assert bounds <= {what.by}
     assert {*what.ops} <= {*OPS}
-    for size in (64, 320, 1280):
+    for size in WIDTHS if what in OF_ATTENTION else (64, 320, 1280):
         assert 0 < len(what.candidates(size)) <= 40
+
+
+@pytest.mark.parametrize("family", tables.FAMILIES)
+@pytest.mark.parametrize("what", OF_ATTENTION, ids=lambda what: what.kernel)
+def test_attentions_entries_have_all_blocks_in_the_sweeps_order_or_none(what, family):
+    entries = tables.entries(family)[what.kernel]
+    assert not kept(entries, what.by)
+    for entry in entries:
+        blocks = [name for name in entry if name != "up_to"]
+        assert blocks == ([*what.blocks] if entry["QUERIES"] else ["QUERIES"])
+
+
+def test_attentions_candidates_are_of_every_kind():
+    for what in OF_ATTENTION:
+        every = [dict(found) for width in WIDTHS for found in what.candidates(width)]
+        for name, values in what.blocks.items():
+            assert {found[name] for found in every if name in found} == {*values}, what.kernel
+        assert len(every) <= 100  # of all widths: some two minutes
+    unused = [found for found in OF_ATTENTION[-1].candidates(160) if dict(found)["QUERIES"] == 0]
+    assert unused == [(("QUERIES", 0),)]
+
+
+@pytest.mark.parametrize("width", [40, 64, 80, 160])
+@pytest.mark.parametrize("what", OF_ATTENTION, ids=lambda what: what.kernel)
+def test_a_candidate_of_attention_launches_with_the_committed_ones_arguments(what, width):
+    name = what.kernel.removeprefix("attention.")
+    q, k = (torch.empty(2, rows, 8, width, device="meta") for rows in (4096, 77))
+    keys = k if name.startswith("short") else q
+    arguments = set()
+    for found in what.candidates(width):
+        with serving({what.kernel: [dict(found)]}):
+            plan = attention_module._plan(name, q, keys, of_keys=name == "backward_keys")
+        if dict(found)["QUERIES"]:
+            assert plan.tiles >= plan.programs > 0
+            arguments.add(tuple(sorted(plan.blocks)))
+        else:
+            assert plan.tiles == 0
+    assert len(arguments) <= 1
+
+
+@pytest.mark.parametrize("family", tables.FAMILIES)
+@pytest.mark.parametrize("what", OF_ATTENTION, ids=lambda what: what.kernel)
+def test_attentions_committed_blocks_stay_where_nothing_is_faster(what, family):
+    """The incumbent of a width is what serves it, and is tried first."""
+    case = next(cases(["attention"], ["sd15-256"], 1, "bf16"))
+    table, tried = tables.entries(family), []
+
+    def measure(what, case, trial):
+        (entry,) = trial[what.kernel]
+        tried.append(entry)
+        return harness.Timing(1.0, 1.0, 1.0, 9)
+
+    served = [serves(table[what.kernel], width) for width in WIDTHS]
+    entries, rows = sweep(what, {width: [case] for width in WIDTHS}, table, measure)
+    assert [serves(entries, width) for width in WIDTHS] == served
+    assert "up_to" not in entries[-1]
+    assert tried[0] == served[0]
+    assert (
+        len(tried)
+        == len(rows)
+        == sum(
+            len({*what.candidates(width)} | {tuple(of.items())})
+            for width, of in zip(WIDTHS, served, strict=True)
+        )
+    )
+
+
+def serves(entries, width):
+    entry = next(e for e in entries if width <= e.get("up_to", {}).get("width", width))
+    return {name: value for name, value in entry.items() if name != "up_to"}
+
+
+def test_the_heaviest_cases_of_any_preset_are_measured(fake_gpu, monkeypatch):
+    def picking(q, k, v):
+        name = "short_forward" if k.shape[1] <= 128 else "forward"
+        attention_module.pick(f"attention.{name}", CPU, width=q.shape[-1], keys=k.shape[1])
+        return attention_reference(q, k, v)
+
+    replaced = dataclasses.replace(OPS["attention"], ours=picking)
+    monkeypatch.setitem(ops.OPS, "attention", replaced)
+    flags = kernels.parse(
+        ["--tune", "--op", "attention", "--shapes", "sd15-64,sd15-128,sd15-192", "--batch", "1"]
+    )
+    forward, *_, short, _ = OF_ATTENTION
+    table = tables.entries("sm_90")
+
+    def lengths(what):
+        found = tune.classes(what, table, flags)
+        return {
+            width: [(case.shape.queries, case.shape.keys) for case in of]
+            for width, of in found.items()
+        }
+
+    assert lengths(forward) == {40: [(576, 576), (256, 256)], 80: [(144, 144)]}
+    assert lengths(short)[40] == [(576, 77), (256, 77)]
 
 
 def test_inside_serving_a_kernel_gets_other_blocks():

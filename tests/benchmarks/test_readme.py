@@ -1,0 +1,75 @@
+"""What benchmarks/README.md says is so: its commands parse, what it names exists."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from records import both_ways, record
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "benchmarks/README.md").read_text()
+SCRIPT = (ROOT / "benchmarks/gpu.sh").read_text()
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+
+
+def check_command(words: list[str], monkeypatch) -> None:
+    """Raises, or exits, where a command could not be run as it is written; its files may be any."""
+    variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    match words[len(variables) :]:
+        case ["python", "-m", name, *flags]:
+            module = importlib.import_module(name)
+            made = record(*both_ways("ours", 1, 1), *both_ways("eager", 1, 1))
+            for reader, found in {"existing_file": Path, "read": lambda path: made}.items():
+                if hasattr(module, reader):
+                    monkeypatch.setattr(module, reader, found)
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            (getattr(module, "parse", None) or module.flags)(flags)
+        case ["bash", "benchmarks/gpu.sh"]:
+            assert {*variables} <= {*re.findall(r"^#   ([A-Z_]+) ", SCRIPT, re.MULTILINE)}
+            known = re.search(r'KNOWN="(.*)"', SCRIPT)
+            assert known
+            assert {*variables.get("PARTS", "").split()} <= {*known[1].split()}
+            kernels = importlib.import_module("fusedit.benchmarks.kernels")
+            kernels.parse(shlex.split(variables.get("FLAGS", "")))
+        case _:
+            raise ValueError(f"this test knows no command {shlex.join(words)}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
+    check_command(shlex.split(command), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m fusedit.benchmarks.kernels --op attentions",
+        "python -m fusedit.benchmarks.choose --outs x a.json",
+        "python -m fusedit.benchmarks.chose a.json",
+        "PART=tune bash benchmarks/gpu.sh",
+        "PARTS=attentions bash benchmarks/gpu.sh",
+        'FLAGS="--opp geglu" bash benchmarks/gpu.sh',
+        "bash gpu.sh",
+    ],
+)
+def test_a_wrong_command_is_seen(command, monkeypatch):
+    with pytest.raises((SystemExit, AssertionError, ValueError, ImportError)):
+        check_command(shlex.split(command), monkeypatch)
+
+
+def test_every_file_of_the_folder_has_its_row():
+    named = set(re.findall(r"`(\w+\.(?:py|sh))`", TEXT))
+    files = {path.name for kind in ("*.py", "*.sh") for path in (ROOT / "benchmarks").glob(kind)}
+    assert files - named == {"directions.py", "flags.py"}  # of no use by themselves
+    assert not named - files
+
+
+def test_a_flag_that_is_named_is_taken():
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    sources = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    taken = set(re.findall(r'add_argument\(\s*"(--\w+)"', sources))
+    assert set(re.findall(r"(?<![\w-])--\w+", prose)) <= taken
