@@ -21,6 +21,10 @@ class Ema:
         self.decay = decay
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
+    def weight(self, n: int) -> float:
+        """How far the averages move towards the parameters after optimizer step n, from 1."""
+        return 1.0 - min(self.decay, (1 + n) / (10 + n))
+
     @torch.no_grad()
     def update(self, n: int, applies: Tensor) -> None:
         """Moves the averages to the parameters after optimizer step n, counted from 1.
@@ -28,7 +32,7 @@ class Ema:
         Args:
             applies: [] bool; False leaves the averages as they are, decided on the device.
         """
-        weight = (1.0 - min(self.decay, (1 + n) / (10 + n))) * applies.float()
+        weight = self.weight(n) * applies.float()
         averages = list(self.averages.values())
         parameters: list[Tensor] = list(self.parameters.values())
         for start in range(0, len(averages), TOGETHER):

@@ -1,12 +1,15 @@
-"""AdamW, clipping and the schedule: one update decided on the device, state kept by name."""
+"""AdamW, clipping, averages and the schedule: one update decided on the device, state by name."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from ..kernels.adamw_ema import AdamWEma
 from .config import OptimConfig
+from .ema import Ema
 from .errors import UsageError
 
 
@@ -20,45 +23,62 @@ def schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Cal
     return lambda step: peak * factor(step)
 
 
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], section: OptimConfig, ema: Ema | None, *, fused: bool
+) -> "AdamW":
+    """The one-pass kernel where fused ops are wanted; with 8-bit moments, and else, PyTorch's."""
+    return (OnePass if fused and not section.use_8bit_adam else AdamW)(named, section, ema)
+
+
 class AdamW:
-    """AdamW over named parameters; the device alone decides what a step does.
+    """AdamW over named parameters, and their averages; the device alone decides what a step does.
 
     Source: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2.
+
+    Args:
+        ema: averages of the same parameters, moved with them.
 
     Raises: UsageError: 8-bit moments were asked for where bitsandbytes cannot serve them.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], section: OptimConfig) -> None:
-        self.parameters = dict(named)
-        device = next(iter(self.parameters.values())).device
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        section: OptimConfig,
+        ema: Ema | None = None,
+    ) -> None:
+        self.parameters, self.ema = dict(named), ema
         self.eight_bit = section.use_8bit_adam
-        settings = {
-            "betas": (section.adam_beta1, section.adam_beta2),
-            "eps": section.adam_epsilon,
-            "weight_decay": section.adam_weight_decay,
-        }
+        self.optimizer: torch.optim.Optimizer = self._make(
+            {
+                "betas": (section.adam_beta1, section.adam_beta2),
+                "eps": section.adam_epsilon,
+                "weight_decay": section.adam_weight_decay,
+            }
+        )
+
+    def _make(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        device = next(iter(self.parameters.values())).device
         if self.eight_bit:
             check_8bit(device.type)
             from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
-            self.optimizer = AdamW8bit(self.parameters.values(), lr=0.0, **settings)
-        else:
-            lr = torch.zeros((), device=device)  # a tensor: changing it does not wait
-            self.optimizer = torch.optim.AdamW(
-                self.parameters.values(), lr=lr, fused=True, **settings
-            )
+            return AdamW8bit(self.parameters.values(), lr=0.0, **settings)
+        lr = torch.zeros((), device=device)  # a tensor: changing it does not wait
+        return torch.optim.AdamW(self.parameters.values(), lr=lr, fused=True, **settings)
 
     def grad_norm(self) -> Tensor:
         """[] fp32, the L2 norm of all gradients as they lie."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         return nn.utils.get_total_norm(grads)
 
-    def update(self, lr: float, grad_factor: Tensor, applies: Tensor) -> None:
-        """Moves the parameters by the gradients times a factor.
+    def update(self, number: int, lr: float, grad_factor: Tensor, applies: Tensor) -> None:
+        """Moves the parameters by the gradients times a factor, then the averages.
 
         Args:
+            number: of this optimizer step, from 1.
             grad_factor: [] fp32; clipping, loss scale and sample count in one.
-            applies: [] bool; False leaves parameters, moments and Adam's count as they are.
+            applies: [] bool; False leaves parameters, moments, count and averages as they are.
         """
         (group,) = self.optimizer.param_groups
         if self.eight_bit:
@@ -73,6 +93,8 @@ class AdamW:
             self.optimizer.grad_scale = grad_factor.reciprocal()  # pyright: ignore
             self.optimizer.found_inf = (~applies).float()  # pyright: ignore
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(number, applies)
 
     def zero_grad(self) -> None:
         # Not to None: DDP's buckets hold the gradients, and accumulation would need a second copy.
@@ -99,6 +121,38 @@ class AdamW:
                     # The fused step walks through memory: in the parameter's order, not the file's.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 self.optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+class OnePass(AdamW):
+    """The same by `kernels/adamw_ema.py`: norm in one pass, all that moves in another."""
+
+    def _make(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        averages = (
+            [] if self.ema is None else [[self.ema.averages[name] for name in self.parameters]]
+        )
+        self.one_pass = AdamWEma(self.parameters.values(), lr=0.0, emas=averages, **settings)
+        return self.one_pass
+
+    def grad_norm(self) -> Tensor:
+        return self.one_pass.grad_norm()
+
+    def update(self, number: int, lr: float, grad_factor: Tensor, applies: Tensor) -> None:
+        weights = None
+        if self.ema is not None:
+            weights = torch.full((1,), self.ema.weight(number), device=grad_factor.device)
+        self.one_pass.update(lr, grad_factor, applies, weights)
+
+    def state(self) -> dict[str, Tensor]:
+        # The counts are places in one tensor, and safetensors takes no shares.
+        return {
+            path: value.clone() if path.endswith(".step") else value
+            for path, value in super().state().items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for path, value in state.items():
+            name, key = path.rsplit(".", 1)
+            self.one_pass.state[self.parameters[name]][key].copy_(value)
 
 
 def check_8bit(device_type: str) -> None:

@@ -23,7 +23,7 @@ from .export import check_push, load_safety, model_card, push, save_pipeline
 from .log import RunLog
 from .loss import EditLoss
 from .meter import Meter
-from .optim import AdamW, schedule
+from .optim import make_optimizer, schedule
 from .plan import Plan, claim_output, make_plan
 from .pretrained import load_encoders, load_unet
 from .sample import build_pipeline
@@ -86,11 +86,12 @@ class Run:
         config, device = plan.config, world.device
         self.plan, self.world, self.command = plan, world, command
         _set_numerics(config.precision)
+        self.kernels_run = device.type == "cuda" and not config.precision.plain
         self.unet, self.fused = prepare_unet(
             load_unet(config.model),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
-            fused=device.type == "cuda" and not config.precision.plain,
+            fused=self.kernels_run,
             attention=config.precision.attention,
         )
         tokenize = make_tokenize(plan.described.tokenizer)
@@ -105,14 +106,14 @@ class Run:
             config.loop.seed,
             plan.dtype,
         )
-        self.optimizer = AdamW(self.unet.named_parameters(), config.optim)
+        named = list(self.unet.named_parameters())
+        self.ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
+        self.optimizer = make_optimizer(named, config.optim, self.ema, fused=self.kernels_run)
         self.loss_scale = LossScale(plan.dtype is torch.float16, device)
         self.pairs = EditPairs(
             plan.rows, plan.train_rows, config.data, config.loop.seed, plan.global_batch, tokenize
         )
         self.step = 0  # optimizer steps done
-        named = self.unet.named_parameters()
-        self.ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
         if plan.resume:
             self._load_state(checkpoint.read(plan.resume))
 
@@ -151,7 +152,6 @@ class Run:
                     loop.gradient_accumulation_steps,
                     self.loss_fn,
                     self.optimizer,
-                    self.ema,
                     self.loss_scale,
                     world,
                     slots=plan.global_batch // world.size,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .ema import Ema
 from .encoders import Samples
 from .optim import AdamW
 from .world import World
@@ -55,7 +54,6 @@ def train_step(
     micro_steps: int,
     loss_fn: Callable[[nn.Module, Samples], Tensor],
     optimizer: AdamW,
-    ema: Ema | None,
     loss_scale: LossScale,
     world: World,
     *,
@@ -92,9 +90,7 @@ def train_step(
     finite = torch.isfinite(grad_norm)
     applied = finite & (count > 0)
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
-    optimizer.update(lr, mean_factor * clip, applied)
-    if ema is not None:
-        ema.update(number, applied)
+    optimizer.update(number, lr, mean_factor * clip, applied)
     loss_scale.update(finite)
     return StepResult(loss, count, grad_norm, applied)
 

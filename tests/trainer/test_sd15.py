@@ -70,7 +70,6 @@ def test_one_real_step():
         1,
         _loss("cpu"),
         AdamW(unet.named_parameters(), OptimConfig()),
-        None,
         LossScale(False, torch.device("cpu")),
         World(),
         slots=2,

@@ -11,7 +11,7 @@ from fusedit.trainer.config import LrScheduler, OptimConfig
 from fusedit.trainer.ema import Ema
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.optim import AdamW, schedule
+from fusedit.trainer.optim import AdamW, OnePass, make_optimizer, schedule
 from fusedit.trainer.step import GROWTH_STEPS, LossScale, train_step
 from fusedit.trainer.world import World
 
@@ -41,11 +41,15 @@ def _loss(model, samples):
 class _Job:
     """A small regression and everything a step needs."""
 
+    fused = False
+
     def __init__(self, lr=0.1, fp16=False, **section):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
-        self.optimizer = AdamW(self.model.named_parameters(), OptimConfig(**section))
         self.ema = Ema(self.model.named_parameters(), 0.999)
+        self.optimizer = make_optimizer(
+            self.model.named_parameters(), OptimConfig(**section), self.ema, fused=self.fused
+        )
         self.scale = LossScale(fp16, torch.device("cpu"))
         self.number, self.lr = 0, lr
 
@@ -57,7 +61,6 @@ class _Job:
             len(micro_batches),
             _loss,
             self.optimizer,
-            self.ema,
             self.scale,
             World(),
             slots=8,
@@ -68,6 +71,11 @@ class _Job:
 
     def weights(self):
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+@pytest.fixture(params=[False, True], ids=["pytorch", "one pass"], autouse=True)
+def both_optimizers(request, monkeypatch):
+    monkeypatch.setattr(_Job, "fused", request.param)
 
 
 def _theirs(job, data, max_grad_norm):
@@ -183,6 +191,23 @@ def test_optimizer_state_goes_on_where_it_was():
     assert torch.equal(resumed.weights(), whole.weights())
 
 
+def test_either_optimizer_goes_on_from_the_others_state():
+    data, jobs = torch.randn(3, 4, 3), []
+    for fused in (False, True):
+        _Job.fused = not fused
+        first = _Job()
+        for batch in data[:2]:
+            first.step(_samples(batch))
+        _Job.fused = fused
+        second = _Job()
+        assert isinstance(second.optimizer, OnePass) == fused
+        second.model.load_state_dict(first.model.state_dict())
+        second.optimizer.load_state({k: v.clone() for k, v in first.optimizer.state().items()})
+        second.step(_samples(data[2]))
+        jobs.append(second)
+    torch.testing.assert_close(jobs[0].weights(), jobs[1].weights())
+
+
 def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
     torch.manual_seed(0)
     model = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
@@ -190,18 +215,22 @@ def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
     ends = []
     for stops in (False, True):
         trained = copy.deepcopy(model)
-        optimizer = AdamW(trained.named_parameters(), OptimConfig())
+        optimizer = make_optimizer(
+            trained.named_parameters(), OptimConfig(), None, fused=_Job.fused
+        )
         for step in range(4):
             if stops and step == 2:
                 state = {name: v.contiguous() for name, v in optimizer.state().items()}
                 save_file(state, tmp_path / "optimizer.safetensors")
-                optimizer = AdamW(trained.named_parameters(), OptimConfig())
+                optimizer = make_optimizer(
+                    trained.named_parameters(), OptimConfig(), None, fused=_Job.fused
+                )
                 optimizer.load_state(load_file(tmp_path / "optimizer.safetensors"))
                 moment = optimizer.state()["weight.exp_avg"]
                 assert moment.is_contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             trained(images * (step + 1)).square().mean().backward()
-            optimizer.update(0.1, torch.ones(()), torch.tensor(True))
+            optimizer.update(step + 1, 0.1, torch.ones(()), torch.tensor(True))
         ends.append(trained.weight.detach())
     assert torch.equal(*ends)
 
@@ -225,6 +254,7 @@ def test_each_schedule_is_diffusers_at_its_own_peak(name):
 
 def test_8bit_state_can_be_saved_though_bitsandbytes_shares_its_maps(tmp_path):
     job = _Job()
+    job.optimizer = AdamW(job.model.named_parameters(), OptimConfig())
     job.optimizer.eight_bit = True
     shared = torch.arange(4.0)
     for parameter in job.model.parameters():
