@@ -35,10 +35,10 @@ from ..kernels import (
 from .shapes import GROUPS, AttentionShape, GroupNormShape, RowShape, shapes
 
 PRESETS = ("sd15-256", "sd15-512", "sdxl-1024")
-UNEVEN = [  # lengths of no tile, and the head widths between the UNets'
+UNEVEN = [  # lengths of no tile, few keys and many, and head widths between the UNets'
     AttentionShape(1, 8, width, 300, keys)
-    for width in (8, 40, 64, 80, 96, 128, 160)
-    for keys in (77, 300)
+    for width in (8, 40, 64, 80, 96, 128, 136, 160)
+    for keys in (7, 32, 77, 96, 128, 300)
 ]
 BATCH = 2  # as an argument, 1 would become a constant
 MAIN = torch.bfloat16  # activations under autocast, with weights in fp32; every shape

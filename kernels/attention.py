@@ -26,6 +26,7 @@ SHORT_KEYS = 128  # at most, for a program to hold all of them
 MAX_SPAN = 2**31  # elements from a sample's first row to its last: offsets inside are 32 bits
 LEAST_PART = 16  # of rows or columns, that a matrix instruction takes
 LOG2_E = math.log2(math.e)
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def attention_reference(*projections: Tensor, scale: float | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def attention(*projections: Tensor, scale: float | None = None) -> Tensor:
             q [n, queries, heads, width]; kv [n, keys, 2, heads, width];
             k, v [n, keys, heads, width]. Width is a multiple of 8 up to 160, keys at least 1.
             bf16 and fp16 run as kernels, with scores and sums in fp32; fp32 is the definition's.
-        scale: above 0; default width ** -0.5.
+        scale: finite and above 0, in fp32; default width ** -0.5.
 
     Returns: [n, queries, heads, width].
     Raises: ValueError, for another shape or scale; TypeError, for another dtype.
@@ -51,8 +52,8 @@ def attention(*projections: Tensor, scale: float | None = None) -> Tensor:
     """
     first = _check(projections)
     scale = 1 / math.sqrt(first.shape[-1]) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"attention: scale must be finite and above 0, got {scale}")
+    if not SMALLEST <= scale < math.inf:
+        raise ValueError(f"attention: scale must be finite and above {SMALLEST:.2g}, got {scale}")
     if not runs_triton(first) or first.dtype == torch.float32:
         return attention_reference(*projections, scale=scale)
     return _attention(first, list(projections[1:]), scale)[0]
@@ -82,8 +83,8 @@ def _check(projections: tuple[Tensor, ...]) -> Tensor:
         check_shape("attention", name, tensor, (len(first), rows, *packed, *first.shape[-2:]))
         if tensor.dtype != first.dtype:
             raise TypeError(f"attention: {name} must be {first.dtype}, got {tensor.dtype}")
-        if tensor.shape[1] * tensor.stride(1) >= MAX_SPAN:
-            raise ValueError(f"attention: {name} spans {MAX_SPAN} elements a sample, or more")
+        if tensor.shape[1] * max(tensor.stride(1), math.prod(tensor.shape[2:])) >= MAX_SPAN:
+            raise ValueError(f"attention: a sample of {name} spans {MAX_SPAN} elements or more")
         if name != "q" and not tensor.shape[1]:
             raise ValueError(f"attention: {name} must have a row, got {list(tensor.shape)}")
     width = first.shape[-1]
@@ -106,7 +107,8 @@ def parts(size: int, *, split: bool) -> Parts:
     """How rows or columns are held: 40 as 32 + 16, or unsplit as 64."""
     whole = max(LEAST_PART, _power_of_2(size))
     half = whole // 2
-    rest = max(LEAST_PART, _power_of_2(size - half))
+    # A rest below a quarter of the half would spread too thin over the warps.
+    rest = max(LEAST_PART, half // 4, _power_of_2(size - half))
     return Parts(half, rest) if split and half + rest < whole else Parts(whole, 0)
 
 
@@ -166,6 +168,8 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, 
     (n, queries, heads, _), keys = q.shape, k.shape[1]
     short = keys <= SHORT_KEYS
     plan = _plan("short_forward" if short else "forward", q, k)
+    if not plan.tiles:
+        short, plan = False, _plan("forward", q, k)
     sizes = (queries, keys, heads, plan.programs) if short else (queries, keys, heads)
     kernel: Any = short_kernels.forward_kernel if short else kernels.forward_kernel
     kernel[(plan.programs * heads * n,)](
@@ -274,6 +278,7 @@ def _(grad_out, projections, out, lse, scale):
 
 def _setup_context(ctx, inputs, output):
     first, others, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # else a gradient of zeros is made for the log-sum-exp
     ctx.save_for_backward(first, *others, *output)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "tables"
-FAMILIES = ("sm_80", "sm_90", "sm_100")  # Ampere and Ada; Hopper; Blackwell
+FAMILIES = ("sm_80", "sm_90", "sm_100")  # Ampere and what has its products; Hopper; Blackwell
 
 
 def pick(kernel: str, device: torch.device, **sizes: int) -> dict[str, Any]:
@@ -37,8 +37,11 @@ def entries(of_family: str) -> dict[str, list[dict]]:
 
 @cache
 def family(device: torch.device) -> str:
-    """Which table serves a device; off the GPU, where kernels are interpreted, Hopper's."""
+    """Which table serves a device; off the GPU, where kernels are interpreted, Hopper's.
+
+    Blackwell's cards of 12.0 have Ampere's matrix products and little shared memory.
+    """
     if device.type != "cuda":
         return "sm_90"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    return "sm_90" if major == 9 else "sm_100" if major in (10, 11) else "sm_80"

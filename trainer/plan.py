@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..kernels.attention_choice import LEAST_CAPABILITY
 from . import checkpoint
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import split_rows
@@ -157,6 +158,8 @@ def _check_attention(section: PrecisionConfig, precision: str, on_gpu: bool) -> 
     flag = f"--attention {section.attention}"
     if not on_gpu:
         raise UsageError(f"{flag} needs a GPU; on a CPU take auto")
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        raise UsageError(f"{flag} needs a GPU of compute capability 8.0 (Ampere); take auto")
     if precision == "no":
         raise UsageError(f"{flag} needs --mixed_precision bf16 or fp16; in fp32 take auto")
     if section.attention == "cudnn" and section.deterministic:

@@ -262,17 +262,28 @@ def test_a_strided_output_gradient(device):
     )
 
 
+def test_samples_and_rows_may_lie_far_apart(device):
+    memory = torch.empty(2**31 + 2**20, dtype=torch.float16, device=device)  # touched in places
+    for keys in (7, LONG):
+        kv = torch.randn(2, keys, 2, 1, 16, dtype=torch.float16, device=device)
+        for strides in ((2**31 + 64, 16, 16, 1), (64, 2**29 - 8, 16, 1)):
+            q = memory.as_strided((2, 4, 1, 16), strides).normal_()
+            torch.testing.assert_close(
+                attention(q, kv), attention_reference(q, kv), rtol=1e-2, atol=1e-2
+            )
+    with pytest.raises(ValueError, match="a sample of q spans 2147483648 elements or more"):
+        attention(memory.as_strided((1, 4, 1, 16), (1, 2**29, 16, 1)), kv[:1])
+
+
 @FORMS
 @pytest.mark.parametrize("keys", [16, LONG])
 def test_opcheck(form, keys, device):
     first, *others = made(form, 2, 16, keys, keys, torch.float16, device).values()
-    checks = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_static",
-    )
-    opcheck(module._attention, (first, others, 0.25), test_utils=checks)
+    opcheck(module._attention, (first, others, 0.25))
+    with torch.no_grad():
+        out, lse = module._attention(first, others, 0.25)
+        projections = [value.detach() for value in (first, *others)]
+    opcheck(module._attention_backward, (torch.randn_like(out), projections, out, lse, 0.25))
 
 
 @FORMS
@@ -320,7 +331,7 @@ def test_is_captured_in_a_graph(keys):
     [
         (40, True, (32, 16)), (80, True, (64, 16)), (160, True, (128, 32)), (77, True, (64, 16)),
         (64, True, (64, 0)), (56, True, (64, 0)), (96, True, (64, 32)), (1, True, (16, 0)),
-        (40, False, (64, 0)), (160, False, (256, 0)), (24, True, (32, 0)),
+        (40, False, (64, 0)), (160, False, (256, 0)), (24, True, (32, 0)), (136, True, (128, 32)),
     ],
 )  # fmt: skip
 def test_sizes_are_held_in_powers_of_two(size, split, expected):
@@ -343,8 +354,9 @@ def projections(*shapes, dtype=torch.bfloat16):
         (projections((1, 2, 1, 12), (1, 4, 2, 1, 12)), None, ValueError, "multiple of 8 up to 160"),
         (projections((1, 2, 1, 168), (1, 4, 2, 1, 168)), None, ValueError, "160, got 168"),
         (projections((1, 2, 1, 8), (1, 0, 2, 1, 8)), None, ValueError, "kv must have a row"),
-        (projections((1, 2, 3, 1, 8)), 0.0, ValueError, "scale must be finite and above 0"),
+        (projections((1, 2, 3, 1, 8)), 0.0, ValueError, "scale must be finite and above"),
         (projections((1, 2, 3, 1, 8)), float("nan"), ValueError, "scale must be finite"),
+        (projections((1, 2, 3, 1, 8)), 1e-46, ValueError, "finite and above 1.2e-38, got 1e-46"),
         (projections((1, 2, 3, 1, 8), dtype=torch.float64), None, TypeError, "must be fp32, bf16"),
         (projections((1, 2, 1, 8)) + projections((1, 4, 2, 1, 8), dtype=torch.float16), None,
          TypeError, "kv must be torch.bfloat16"),

@@ -19,7 +19,7 @@ ROWS = [
     (64, "bf16", 4096, 4096, "cudnn"),
 ]
 NAMES = ("width", "dtype", "queries", "keys", "backend")
-ORIGIN = {"device": "NVIDIA H100", "commit": "abc"}
+ORIGIN = {"device": "cpu", "commit": "abc"}
 
 
 @pytest.fixture
@@ -27,6 +27,9 @@ def a_table(monkeypatch):
     rows = [dict(zip(NAMES, row, strict=True)) for row in ROWS]
     table = {"measured": ORIGIN, "choices": rows}
     monkeypatch.setattr(module, "measured", lambda family: table)
+    module._known.cache_clear()
+    yield table
+    module._known.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -35,11 +38,13 @@ def a_table(monkeypatch):
         (40, 4096, 4096, "triton"),  # as measured
         (40, 2304, 2304, "triton"),  # between two that agree
         (40, 9216, 9216, "sdpa"),  # between two that do not
-        (40, 65536, 65536, "cudnn"),  # longer than all
+        (40, 16384, 16384, "cudnn"),
+        (40, 65536, 65536, "sdpa"),  # longer than all
         (40, 256, 256, "sdpa"),  # shorter than all
         (40, 1024, 77, "triton"),
         (40, 2304, 77, "sdpa"),
-        (40, 9216, 77, "flash"),
+        (40, 4096, 77, "flash"),
+        (40, 9216, 77, "sdpa"),
         (40, 4096, 154, "sdpa"),  # another number of keys
         (64, 4096, 4096, "cudnn"),
         (64, 4096, 77, "sdpa"),
@@ -65,6 +70,20 @@ def test_cudnn_is_not_taken_where_bits_must_be_the_same(a_table):
     assert choose(CPU, torch.bfloat16, 64, 4096, 4096) == "cudnn"
 
 
+def test_another_card_of_the_family_was_not_measured(a_table, monkeypatch):
+    monkeypatch.setitem(a_table, "measured", ORIGIN | {"device": "NVIDIA H100 PCIe"})
+    assert choose(CPU, torch.bfloat16, 40, 4096, 4096) == "sdpa"
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((7, 5), "sdpa"), ((8, 0), "triton")])
+def test_cards_before_ampere_have_pytorchs(capability, backend, a_table, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "cpu")
+    assert choose(torch.device("cuda", 0), torch.bfloat16, 40, 4096, 4096) == backend
+    tables.family.cache_clear()
+
+
 def test_without_a_gpu_it_is_pytorchs(a_table, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     assert choose(CPU, torch.bfloat16, 40, 4096, 4096) == "sdpa"
@@ -83,23 +102,27 @@ def test_the_committed_table_is_whole():
 def test_it_says_what_was_measured(a_table, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(module, "family", lambda device: "sm_90")
-    assert explained("auto", gpu).endswith("as measured on NVIDIA H100 at commit abc")
+    monkeypatch.setattr(module, "name", lambda device: "cpu")
+    assert explained("auto", gpu).endswith("measured on this kind of card at commit abc")
     assert explained("flash", gpu) == "attention: flash, as asked"
-    assert explained("auto", CPU) == "attention: PyTorch's own, where there is no GPU"
-    monkeypatch.setattr(module, "measured", lambda family: {"measured": None, "choices": []})
-    assert "PyTorch's own choice: none was measured on sm_90" in explained("auto", gpu)
+    assert "PyTorch's own elsewhere" in explained("auto", CPU)
+    monkeypatch.setattr(module, "name", lambda device: "NVIDIA H200")
+    assert explained("auto", gpu).endswith("own choice: none was measured on NVIDIA H200")
 
 
 def test_shipped_restricts_pytorch():
     x = torch.randn(1, 1, 4, 8)
     enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
     assert [one() for one in enabled] == [True, True]
-    with shipped("flash"):
+    with shipped("flash", alone=True):
         assert [one() for one in enabled] == [True, False]
         F.scaled_dot_product_attention(x, x, x)
-    with shipped("cudnn"):
+    with shipped("cudnn", alone=True):
         assert [one() for one in enabled] == [False, False]
         assert torch.backends.cuda.cudnn_sdp_enabled()
-    with shipped("sdpa"):
+    with shipped("cudnn", alone=False):  # what cuDNN cannot serve, another does
+        assert [one() for one in enabled] == [True, True]
+        F.scaled_dot_product_attention(x, x, x)
+    with shipped("sdpa", alone=True):
         assert [one() for one in enabled] == [True, True]
     assert [one() for one in enabled] == [True, True]

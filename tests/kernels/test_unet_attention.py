@@ -8,6 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fusedit.benchmarks.accuracy import error_share
 from fusedit.kernels import attention_choice
@@ -43,6 +44,18 @@ class Adapted(nn.Linear):
 
     def forward(self, input):
         return super().forward(input) + input @ self.down.T @ self.up.T
+
+
+class Wrapped(nn.Module):
+    """A projection inside another module, as peft does it."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.up = nn.Parameter(torch.randn(base_layer.out_features, base_layer.in_features) / 64)
+
+    def forward(self, input):
+        return self.base_layer(input) + input @ self.up.T
 
 
 def block(**changes) -> Block:
@@ -123,28 +136,64 @@ def test_parameters_stay_and_unfuse_restores():
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_projections_with_an_adapter_stay_apart(when, device, launches):
+@pytest.mark.parametrize("adapter", [Adapted, Wrapped])
+def test_projections_with_an_adapter_stay_apart(adapter, when, device, launches):
     module = block()
     made = fuse(module, attention="triton")
     for attn, part in ((module.attn1, "to_k"), (module.attn2, "to_v")):
-        setattr(attn, part, Adapted(getattr(attn, part)))
+        setattr(attn, part, adapter(getattr(attn, part)))
     if when == "before":
         made = fuse(module, attention="triton")
         assert set(made.fused) == {"attn1", "attn2"}
         assert set(made.left) == {"attn1.to_k", "attn2.to_v"}
-        assert "it carries an adapter or a hook (Adapted)" in made.left["attn1.to_k"]
+        assert f"it carries an adapter or a hook ({adapter.__name__})" in made.left["attn1.to_k"]
     assert_as_near_the_truth_as_plain(module, torch.bfloat16, device)
     assert Counter(launches) == Counter(SELF + CROSS)
 
 
-def test_a_hook_on_a_projection_is_called(device):
+def hook(linear, called):
+    linear.register_forward_hook(lambda *_: called.append("to_v"))
+
+
+def backward_hook(linear, called):
+    linear.register_full_backward_hook(lambda *_: called.append("to_v"))
+
+
+def own_forward(linear, called):
+    """As accelerate and diffusers hook a module."""
+    forward = linear.forward
+
+    def hooked(*given):
+        called.append("to_v")
+        return forward(*given)
+
+    linear.forward = hooked
+
+
+@pytest.mark.parametrize("way", [hook, backward_hook, own_forward])
+def test_a_hook_on_a_projection_is_called(way, device):
     module = block().to(device, torch.bfloat16)
     called = []
-    module.attn1.to_v.register_forward_hook(lambda *_: called.append("to_v"))
+    way(module.attn1.to_v, called)
     made = fuse(module, attention="triton")
-    module(*inputs(torch.bfloat16, device))
+    module(*inputs(torch.bfloat16, device)).sum().backward()
     assert called == ["to_v"]
     assert "adapter or a hook" in made.left["attn1.to_v"]
+
+
+def test_weights_stored_in_another_type_stay_apart(device, launches):
+    module = block().to(device, torch.bfloat16)
+    for part in (module.attn1.to_q, module.attn1.to_k, module.attn1.to_v):
+        part.weight = nn.Parameter(part.weight.detach().to(torch.float8_e4m3fn), False)
+    made = fuse(module, attention="triton")
+    assert {"attn1.to_q", "attn1.to_k", "attn1.to_v"} <= set(made.left)
+
+
+def test_an_ip_adapter_finds_a_processor_to_make():
+    fuse(module := block(), attention="triton")
+    made = module.attn1.processor.__class__()  # as diffusers does for what it keeps
+    assert type(made.plain) is AttnProcessor2_0
+    assert made.backend == "auto"
 
 
 def test_frozen_projections_get_no_gradient(device):
@@ -180,8 +229,7 @@ def test_an_image_is_the_stock_processors(device, launches):
 
 @pytest.mark.parametrize("backend", ["triton", "auto", "sdpa", "flash"])
 def test_compiles_whole(backend, device, launches, monkeypatch):
-    choices = [chosen(WIDTH, 100, 100, "triton"), chosen(WIDTH, 200, 200, "triton")]
-    monkeypatch.setattr(attention_choice, "measured", lambda family: {"choices": choices})
+    measured(monkeypatch, device, [(100, 100), (200, 200)])
     module = block().to(device, torch.bfloat16)
     fuse(module, attention=backend)
     given = inputs(torch.bfloat16, device)
@@ -204,16 +252,56 @@ def test_it_can_be_plain_when_compiled(device, launches):
     assert not launches
 
 
-def chosen(width, queries, keys, backend, dtype="bf16"):
-    return {
-        "width": width, "dtype": dtype, "queries": queries, "keys": keys, "backend": backend
-    }  # fmt: skip
+def test_auto_is_compiled_once_for_many_lengths(device, launches, monkeypatch):
+    measured(monkeypatch, device, [(100, 100), (200, 200)])
+    module = block().to(device, torch.bfloat16)
+    fuse(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for rows in (60, 150, 151, 153, 250):
+            given = inputs(torch.bfloat16, device, rows)
+            torch.testing.assert_close(compiled(*given), module(*given))
+    assert launches.count("forward_kernel") == 2 * 3  # of the lengths from 100 to 200
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_a_choice_that_cannot_serve_does_not_raise(backend, device, monkeypatch):
+    rows = [(150, 150), (150, TEXT), (TEXT, TEXT)]
+    measured(monkeypatch, device, rows, backend)
+    module = block().to(device, torch.bfloat16)
+    fuse(module)
+    module(*inputs(torch.bfloat16, device)).sum().backward()
+    mask = torch.zeros(2, 1, TEXT, device=device, dtype=torch.bfloat16)
+    module(*inputs(torch.bfloat16, device, rows=TEXT), attention_mask=mask).sum().backward()
+
+
+def test_recomputed_activations_change_no_bit(device, launches):
+    module = block().to(device, torch.bfloat16)
+    fuse(module, attention="triton")
+    given = inputs(torch.bfloat16, device)
+    plain = outcome(module, given)
+    again = outcome(module, given, lambda *given: checkpoint(module, *given, use_reentrant=False))
+    assert all(torch.equal(value, plain[name]) for name, value in again.items())
+    assert launches.count("forward_kernel") == 2 + 4
+
+
+def measured(monkeypatch, device, lengths, backend="triton"):
+    """As if on this machine's card these (queries, keys) had been measured."""
+    choices = [
+        {"width": WIDTH, "dtype": "bf16", "queries": queries, "keys": keys, "backend": backend}
+        for queries, keys in lengths
+    ]
+    origin = {"device": attention_choice.name(torch.device(device)), "commit": "abc"}
+    table = {"measured": origin, "choices": choices}
+    monkeypatch.setattr(attention_choice, "measured", lambda family: table)
+    # Asked anew at each call, and not left behind for other tests.
+    monkeypatch.setattr(attention_choice, "_known", attention_choice._known.__wrapped__)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_auto_goes_by_the_dtype_that_the_products_have(autocast, device, launches, monkeypatch):
-    choices = [chosen(WIDTH, 150, 150, "triton"), chosen(WIDTH, 150, TEXT, "triton")]
-    monkeypatch.setattr(attention_choice, "measured", lambda family: {"choices": choices})
+    measured(monkeypatch, device, [(150, 150), (150, TEXT)])
     module = block().to(device)
     fuse(module)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
@@ -239,6 +327,11 @@ def test_what_is_not_served_is_left_and_named(changes, why):
     made = fuse(module, attention="triton")
     assert made.left["attn1"] == why
     assert not isinstance(module.attn1.processor, FusedAttention)
+
+
+def test_fp64_is_left_and_named():
+    made = fuse(block().double(), attention="triton")
+    assert made.left["attn1"] == "its weights are torch.float64"
 
 
 def test_cudnn_is_left_where_its_backward_stops():

@@ -1,11 +1,24 @@
 from typing import get_args
 
 import pytest
+import torch
 
 from fusedit.kernels.attention_choice import BACKENDS
 from fusedit.trainer.config import Attention, PrecisionConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.plan import _check_attention
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def test_a_card_before_ampere_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UsageError, match="of compute capability 8"):
+        _check_attention(PrecisionConfig(attention="flash"), "fp16", True)
+    _check_attention(PrecisionConfig(), "fp16", True)
 
 
 @pytest.mark.parametrize(
