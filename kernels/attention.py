@@ -22,7 +22,8 @@ from .tables import pick
 
 MAX_HEAD_WIDTH = 160
 ALIGNMENT = 8  # elements: 16 bytes, of which head widths and strides are multiples
-SHORT_KEYS = 128  # at most, for a program to hold all of them
+SHORT_KEYS = 128  # at most, for a program to hold all of them,
+SHORT_SIZE = 80 * 160  # and at most so many elements of theirs: shared memory of 99 KB must do
 MAX_SPAN = 2**31  # elements from a sample's first row to its last: offsets inside are 32 bits
 LEAST_PART = 16  # of rows or columns, that a matrix instruction takes
 LOG2_E = math.log2(math.e)
@@ -163,13 +164,17 @@ def _plan(name: str, q: Tensor, k: Tensor, *, of_keys: bool = False) -> Plan:
     return Plan(blocks, tiles, min(tiles, wanted))
 
 
+def _is_short(k: Tensor) -> bool:
+    """Whether a program can hold all keys of a head."""
+    _, keys, _, width = k.shape
+    return keys <= SHORT_KEYS and keys * width <= SHORT_SIZE
+
+
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor):
     """Fills the last two."""
     (n, queries, heads, _), keys = q.shape, k.shape[1]
-    short = keys <= SHORT_KEYS
+    short = _is_short(k)
     plan = _plan("short_forward" if short else "forward", q, k)
-    if not plan.tiles:
-        short, plan = False, _plan("forward", q, k)
     sizes = (queries, keys, heads, plan.programs) if short else (queries, keys, heads)
     kernel: Any = short_kernels.forward_kernel if short else kernels.forward_kernel
     kernel[(plan.programs * heads * n,)](
@@ -181,7 +186,7 @@ def _launch_backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v)
     """Fills the last three."""
     (n, queries, heads, _), keys = q.shape, k.shape[1]
     slopes = scale * LOG2_E, scale
-    if keys <= SHORT_KEYS:
+    if _is_short(k):
         plan = _plan("short_backward", q, k)
         if plan.tiles:
             _launch_short_backward(

@@ -8,6 +8,7 @@ import torch
 
 from fusedit.benchmarks import harness, kernels, ops, sweeps, tune
 from fusedit.benchmarks.ops import OPS, cases
+from fusedit.benchmarks.shapes import TEXT_TOKENS
 from fusedit.benchmarks.sweeps import SWEEPS, Sweep
 from fusedit.benchmarks.tune import kept, layout, select, serving, sweep
 from fusedit.kernels import attention as attention_module
@@ -83,7 +84,8 @@ def test_each_sweep_has_candidates_for_a_kernel_of_the_tables(what):
 @pytest.mark.parametrize("what", OF_ATTENTION, ids=lambda what: what.kernel)
 def test_attentions_entries_have_all_blocks_in_the_sweeps_order_or_none(what, family):
     entries = tables.entries(family)[what.kernel]
-    assert not kept(entries, what.by)
+    # What stands in front is for fewer keys than are tuned, and hides no candidate.
+    assert all(entry["up_to"]["keys"] < TEXT_TOKENS for entry in kept(entries, what.by))
     for entry in entries:
         blocks = [name for name in entry if name != "up_to"]
         assert blocks == ([*what.blocks] if entry["QUERIES"] else ["QUERIES"])
@@ -125,8 +127,7 @@ def test_attentions_committed_blocks_stay_where_nothing_is_faster(what, family):
     table, tried = tables.entries(family), []
 
     def measure(what, case, trial):
-        (entry,) = trial[what.kernel]
-        tried.append(entry)
+        tried.append(trial[what.kernel][-1])
         return harness.Timing(1.0, 1.0, 1.0, 9)
 
     served = [serves(table[what.kernel], width) for width in WIDTHS]
@@ -145,6 +146,7 @@ def test_attentions_committed_blocks_stay_where_nothing_is_faster(what, family):
 
 
 def serves(entries, width):
+    entries = [entry for entry in entries if entry not in kept(entries, "width")]
     entry = next(e for e in entries if width <= e.get("up_to", {}).get("width", width))
     return {name: value for name, value in entry.items() if name != "up_to"}
 

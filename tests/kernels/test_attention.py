@@ -72,6 +72,16 @@ def test_any_width_of_eights(width, keys, device):
     assert_as_accurate_as_torch(ours, definition, inputs)
 
 
+@pytest.mark.parametrize(
+    ("width", "keys", "short"),
+    [(160, 80, True), (160, 81, False), (96, 128, True), (8, 129, False)],
+)
+def test_a_program_holds_all_keys_where_they_fit(width, keys, short, device):
+    inputs = made("q kv", 1, width, 33, keys, torch.bfloat16, device, batch=1)
+    assert module._is_short(inputs["kv"].select(2, 0)) == short
+    assert_as_accurate_as_torch(ours, definition, inputs)
+
+
 @pytest.mark.parametrize("queries", [1, 15, 127, 128, 129, 257])
 @pytest.mark.parametrize("keys", [2, 15, 63, 65, 128, 129, 200])
 def test_lengths_that_no_tile_divides(queries, keys, device):
