@@ -5,6 +5,7 @@ ones.
 """
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -333,7 +334,9 @@ def test_what_is_recorded_rounds_bf16_moments_by_chance():
 @pytest.mark.parametrize(("family", "product"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
 def test_attention_is_recorded_with_the_familys_matrix_products_alone(family, product):
     recorded = [r for r in load(compiled.COMMITTED)[family] if "attention_kernels" in r.kernel]
-    products = [r for r in recorded if "sum_kernel" not in r.kernel]
+    # The backward of 32 keys or fewer has too few rows for wgmma.
+    few = re.compile(r"short_attention_kernels\.(sum_kernel|backward_kernel.* KEYS=(16|32) )")
+    products = [r for r in recorded if not few.match(f"{r.kernel} {r.configuration}")]
     assert len(products) > 40
     for record in products:
         kinds = {of.partition(".")[0] for of in record.mma}
