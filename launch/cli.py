@@ -1,6 +1,7 @@
 """The `fusedit` command.
 
     fusedit train [--nproc_per_node N] FLAGS   torchrun on this machine's devices
+    fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
     fusedit demo                               the whole job on a drawn world, in minutes
     fusedit COMMAND --help                     tells more
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     # Each command imports what it needs when it is called: torch and diffusers take seconds.
-    if command == "train":
-        return train(rest)
+    if command in ("train", "cache"):
+        return on_all_devices(command, rest)
     if command == "edit":
         from . import edit
 
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def train(argv: list[str]) -> int:
-    """Checks the flags, then trains on all devices: one process alone, several under torchrun."""
+def on_all_devices(command: str, argv: list[str]) -> int:
+    """Checks the flags, then runs on all devices: one process alone, several under torchrun.
+
+    Args:
+        command: train or cache.
+    """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--nproc_per_node", "--nproc-per-node", type=int)
     own.add_argument("--master_port", "--master-port", type=int)
@@ -57,7 +62,7 @@ def train(argv: list[str]) -> int:
 
     from .flags import parse
     from .train import MISTAKE
-    from .train import main as train_alone
+    from .train import main as run_alone
 
     try:
         parse(flags).run.check_complete()
@@ -65,13 +70,16 @@ def train(argv: list[str]) -> int:
         print(f"fusedit: {error}", file=sys.stderr)
         return MISTAKE
     ranks = machine.nproc_per_node or max(torch.cuda.device_count(), 1)
-    return train_alone(flags) if ranks == 1 else torchrun(ranks, machine.master_port, flags)
+    if ranks == 1:
+        return run_alone(flags, cache_only=command == "cache")
+    return torchrun(command, ranks, machine.master_port, flags)
 
 
-def torchrun(ranks: int, port: int | None, flags: list[str]) -> int:
-    """`torchrun --nproc-per-node RANKS -m fusedit.launch.train FLAGS`, with our exit codes.
+def torchrun(command: str, ranks: int, port: int | None, flags: list[str]) -> int:
+    """`torchrun --nproc-per-node RANKS -m fusedit.launch.COMMAND FLAGS`, with our exit codes.
 
     Args:
+        command: train or cache.
         port: of the rendezvous; None finds a free one.
     """
     from torch.distributed import DistNetworkError
@@ -87,7 +95,7 @@ def torchrun(ranks: int, port: int | None, flags: list[str]) -> int:
     # What went wrong has been said by rank 0; torchrun's own lines would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     where = ["--standalone"] if port is None else ["--master-port", str(port)]
-    arguments = [*where, "--nproc-per-node", str(ranks), "-m", "fusedit.launch.train", *flags]
+    arguments = [*where, "--nproc-per-node", str(ranks), "-m", f"fusedit.launch.{command}", *flags]
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:

@@ -17,7 +17,8 @@ class TrainFlags:
     """Fine-tunes Stable Diffusion to edit images from instructions.
 
     Flags are those of diffusers' train_instruct_pix2pix.py; "ours" marks those it does not have.
-    `fusedit train` also takes --nproc_per_node N and --master_port P for torchrun.
+    `fusedit train` also takes --nproc_per_node N and --master_port P for torchrun. `fusedit cache`
+    takes the same flags, fills --cache_latents and trains nothing.
     """
 
     run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]

@@ -87,8 +87,12 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs this rank to its end and returns the exit code."""
+def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
+    """Runs this rank to its end and returns the exit code.
+
+    Args:
+        cache_only: fills --cache_latents and trains nothing.
+    """
     argv = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
@@ -98,19 +102,19 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse(argv, quiet=rank != 0)
         if flags.local_rank >= 0 and rank == 0:
             print("--local_rank is ignored: torchrun's LOCAL_RANK is used", file=sys.stderr)
-        from ..trainer.run import Ended, train  # seconds of imports, not needed to refuse a flag
+        # Seconds of imports, not needed to refuse a flag.
+        from ..trainer.run import Ended, build_cache, train
 
         quiet_libraries()
         signals = StopSignals()
         world = make_world()
         world.start()
-        ended = train(
-            flags.run,
-            world,
-            command=shlex.join([*starter(world), *argv]),
-            stop_requested=signals.requested,
-            dry_run=flags.dry_run,
-        )
+        told = {"stop_requested": signals.requested, "dry_run": flags.dry_run}
+        if cache_only:
+            ended = build_cache(flags.run, world, **told)
+        else:
+            command = shlex.join([*starter(world), *argv])
+            ended = train(flags.run, world, command=command, **told)
         world.stop()
     except UsageError as error:  # on all ranks alike, so all leave; after a bug others may wait
         if rank == 0:

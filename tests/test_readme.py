@@ -49,11 +49,13 @@ def check_command(words: list[str]) -> None:
     match words:
         case ["fusedit", "train", "--help"]:
             pass
-        case ["fusedit", "train", *flags]:
+        case ["fusedit", "train" | "cache", *flags]:
             check_train(flags)
         case ["torchrun", *rest]:
             arguments = parse_torchrun(rest)
-            assert (arguments.module, arguments.training_script) == (True, "fusedit.launch.train")
+            jobs = ("fusedit.launch.train", "fusedit.launch.cache")
+            assert arguments.module
+            assert arguments.training_script in jobs
             check_train(arguments.training_script_args)
         case ["fusedit", "edit", *flags]:
             tyro.cli(EditFlags, args=flags, use_underscores=True)

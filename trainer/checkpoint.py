@@ -9,10 +9,7 @@ A kill at any moment leaves the older checkpoints as they were and at most a hid
 the next start removes. Nothing is pickled.
 """
 
-import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -24,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UsageError
+from .files import cannot_write, differs, fingerprint, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -61,7 +59,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
         state.write_text(json.dumps(checkpoint.state, indent=1))
         for path in partial.iterdir():  # safetensors lets nobody but the owner read
             path.chmod(state.stat().st_mode)
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        files = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in [*partial.iterdir(), partial]:
@@ -70,7 +68,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
         sync(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(final, error) from None
+        raise cannot_write(final, error) from None
     _delete_older(root, step, keep)
     return final
 
@@ -121,11 +119,9 @@ def broken(folder: Path) -> str | None:
         if manifest["format"] != FORMAT:
             return f"it has format {manifest['format']}, this version reads {FORMAT}"
         for name, expected in manifest["files"].items():
-            path = folder / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if _fingerprint(path) != expected:
-                return f"{name} does not have the hash it was written with"
+            difference = differs(folder / name, expected)
+            if difference:
+                return difference
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -163,28 +159,6 @@ def delete_all(root: Path) -> None:
     clean(root)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file, or leaves the old one: never half of the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def is_accelerate(folder: Path) -> bool:
     """Whether a folder is a checkpoint of the reference script."""
     return not (folder / MANIFEST).exists() and any(
@@ -197,12 +171,6 @@ def _accelerate_message(folder: Path) -> str:
         f"{folder} was written by Accelerate, whose state cannot be gone on from: start from its "
         f"weights with --unet {folder / 'unet'} and another --output_dir"
     )
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _delete_older(root: Path, step: int, keep: int | None) -> None:
@@ -227,9 +195,3 @@ def _free_name(path: Path) -> Path:
     while path.with_name(f"{path.name}-{number}").exists():
         number += 1
     return path.with_name(f"{path.name}-{number}")
-
-
-def _cannot_write(path: Path, error: Exception) -> UsageError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-    reason = "no space is left on the disk" if full else str(error)
-    return UsageError(f"cannot write {path}: {reason}; what was written before still stands")

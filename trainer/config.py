@@ -60,6 +60,8 @@ class DataConfig:
     interpolation: Interpolation = "bicubic"  # ours: of the resize of the short side
     center_crop: bool = False  # crop the middle instead of a random place
     random_flip: bool = False  # mirror half of the pairs, decided for each pair
+    cache_latents: str | None = None  # ours: folder or URL of encodings, made once, trained from
+    cache_crops: int | None = None  # ours: random crops of each pair that --cache_latents keeps
 
     def __post_init__(self) -> None:
         _at_least("resolution", self.resolution, 8)
@@ -69,6 +71,29 @@ class DataConfig:
         _at_least("dataloader_prefetch", self.dataloader_prefetch, 1)
         if self.max_resize is not None:
             _at_least("max_resize", self.max_resize, self.resolution)
+        _at_least("cache_crops", self.cache_crops, 1)
+
+    @property
+    def one_crop(self) -> bool:
+        """Whether an image has a single crop, that no draw changes."""
+        return self.center_crop and self.max_resize in (None, self.resolution)
+
+    def check_cache(self) -> None:
+        """Raises UsageError when a cache cannot serve what is asked for."""
+        if self.cache_crops is not None and self.cache_latents is None:
+            raise UsageError(
+                f"--cache_crops {self.cache_crops} needs --cache_latents DIR, where they are kept"
+            )
+        if self.cache_crops is not None and self.one_crop:
+            raise UsageError(
+                f"--cache_crops {self.cache_crops}: with --center_crop there is one crop; leave "
+                "out one of them"
+            )
+        if self.cache_latents is not None and self.cache_crops is None and not self.one_crop:
+            raise UsageError(
+                f"--cache_latents {self.cache_latents} cannot keep every random crop: "
+                "--cache_crops 4 keeps 4 of each pair, --center_crop without --max_resize has one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +271,10 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def check_complete(self) -> None:
-        """Raises UsageError when what has no default was not given."""
+        """Raises UsageError when what has no default was not given, or flags do not go together.
+
+        Not done where a section is made: a file of flags may hold one, the command line the other.
+        """
         if self.model.pretrained_model_name_or_path is None:
             raise UsageError(
                 "--pretrained_model_name_or_path is missing: a pipeline folder or a name on the "
@@ -256,3 +284,4 @@ class RunConfig:
             raise UsageError(
                 "--dataset_name or --train_data_dir is missing: a name on the hub or a local folder"
             )
+        self.data.check_cache()

@@ -5,9 +5,9 @@ steps; its last slots, beyond the rows, are padding: samples of weight 0, so tha
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -113,13 +113,50 @@ def transform(
     return cut(original), cut(edited)
 
 
+class Order:
+    """Which row each position of a run takes: all of them once an epoch, then padding.
+
+    Args:
+        selection: [n] int64, the rows that are trained on.
+        global_batch: samples of one optimizer step, over all ranks and micro-steps.
+    """
+
+    def __init__(self, selection: Tensor, seed: int, global_batch: int) -> None:
+        self.steps_per_epoch = -(-len(selection) // global_batch)
+        self.slots = self.steps_per_epoch * global_batch  # positions of an epoch
+        self._selection, self._seed = selection, seed
+        self._epoch, self._order = -1, torch.empty(0)  # the permutation of the current epoch
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """[n] int64 -> [n] int64, the row of each position; -1 for padding."""
+        epochs, offsets = positions // self.slots, positions % self.slots
+        rows = torch.full_like(positions, -1)
+        for epoch in epochs.unique().tolist():
+            if epoch != self._epoch:
+                self._order = permutation(self._seed, Purpose.ORDER, epoch, len(self._selection))
+                self._epoch = epoch
+            here = (epochs == epoch) & (offsets < len(self._selection))
+            rows[here] = self._selection[self._order[offsets[here]]]
+        return rows
+
+
+class Source(Protocol):
+    """What a loader takes micro-batches from. Picklable, for its workers."""
+
+    def __getitems__(self, positions: list[int], /) -> Any: ...
+
+    def collate(self, found: Any, /) -> Any:
+        """What `__getitems__` gave, as one micro-batch with the `errors` of its bad samples."""
+        ...
+
+
 class EditPairs(Dataset[PixelSample]):
     """The samples of a run, by position; also the held-out rows, by row.
 
     Args:
         rows: what is read.
         selection: [n] int64, the rows that are trained on.
-        global_batch: samples of one optimizer step, over all ranks and micro-steps.
+        global_batch: as in `Order`.
         tokenize: text to [length] int64.
     """
 
@@ -132,11 +169,9 @@ class EditPairs(Dataset[PixelSample]):
         global_batch: int,
         tokenize: Callable[[str], Tensor],
     ) -> None:
-        self.steps_per_epoch = -(-len(selection) // global_batch)
-        self._rows, self._selection, self._section = rows, selection, section
+        self.order = Order(selection, seed, global_batch)
+        self._rows, self._section = rows, section
         self._seed, self._tokenize = seed, tokenize
-        self._slots = self.steps_per_epoch * global_batch
-        self._epoch, self._order = -1, torch.empty(0)  # the permutation of the current epoch
 
     def __getitem__(self, position: int) -> PixelSample:
         return self.__getitems__([position])[0]
@@ -149,7 +184,14 @@ class EditPairs(Dataset[PixelSample]):
         place = draw_uniform(self._seed, Purpose.CROP, at, 2)
         mirror = draw_uniform(self._seed, Purpose.FLIP, at)
         draws = torch.cat([pair, size, place, mirror], dim=1).tolist()
-        return [self._at(position, *own) for position, own in zip(positions, draws, strict=True)]
+        rows = self.order.rows(at).tolist()
+        return [
+            self._read(row, position, own[0], tuple(own[1:]))
+            for row, position, own in zip(rows, positions, draws, strict=True)
+        ]
+
+    def collate(self, found: list[PixelSample]) -> PixelBatch:
+        return collate(found)
 
     def sample(self, row: int) -> PixelSample:
         """A row that no draw changes: the first of its pairs, centre crop, no mirror."""
@@ -163,19 +205,11 @@ class EditPairs(Dataset[PixelSample]):
         """A sample of weight 0, in the shapes of all others."""
         return self._nothing(position=0)
 
-    def _at(self, position: int, pair_draw: float, *draws: float) -> PixelSample:
-        epoch, offset = divmod(position, self._slots)
-        if offset >= len(self._selection):
-            return self._nothing(position)
-        if epoch != self._epoch:
-            self._order = permutation(self._seed, Purpose.ORDER, epoch, len(self._selection))
-            self._epoch = epoch
-        row = int(self._selection[self._order[offset]])
-        return self._read(row, position, pair_draw, draws)
-
     def _read(
         self, row: int, position: int, pair_draw: float, draws: tuple[float, ...]
     ) -> PixelSample:
+        if row < 0:
+            return self._nothing(position)
         try:
             original, edited, prompt = self._rows.read(row, pair_draw)
         except BadSample as error:
@@ -236,8 +270,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def make_loader(
-    pairs: EditPairs, sampler: StepSampler, workers: int, prefetch: int, pin_memory: bool
-) -> DataLoader[PixelSample]:
+    source: Source, sampler: Iterable[list[int]], workers: int, prefetch: int, pin_memory: bool
+) -> DataLoader[Any]:
     """Micro-batches in the sampler's order; the same whatever the number of workers.
 
     Workers are spawned, not forked: a fork keeps CUDA's and NCCL's handles and whatever locks their
@@ -249,10 +283,10 @@ def make_loader(
         prefetch: micro-batches each worker keeps ready.
     """
     return DataLoader(
-        pairs,
-        batch_sampler=sampler,
+        cast(Dataset[Any], source),
+        batch_sampler=cast(Sampler[list[int]], sampler),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=source.collate,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_parent,
         multiprocessing_context="spawn" if workers else None,

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     HELD_OUT_NOISE = 12
     HELD_OUT_TIMESTEP = 13
     ROUNDING = 14  # of bf16 moments; position: the optimizer's step
+    CACHE_CROPS = 15  # the crops a cache keeps; position: the row; not of the run's seed
+    CACHED_CROP = 16  # which of them
 
 
 def draw_uniform(seed: int, purpose: Purpose, positions: Tensor, count: int = 1) -> Tensor:

@@ -15,7 +15,7 @@ from .data import PixelBatch
 
 
 class Samples(NamedTuple):
-    """What the UNet trains on; also what a cache would keep. n samples, f the VAE's factor."""
+    """What the UNet trains on. n samples, f the VAE's factor."""
 
     target_mean: Tensor  # [n, 4, height / f, width / f], of the edited image's posterior, unscaled
     target_std: Tensor  # the same shape: the posterior is sampled anew at each visit
@@ -53,16 +53,22 @@ class Encoders:
         return self.text_encoder(tokens).last_hidden_state
 
     @torch.no_grad()
-    def encode(self, batch: PixelBatch) -> Samples:
-        """Pixels and tokens of n pairs -> samples on the device."""
-        pair = (batch.edited, batch.original)  # each pinned; what torch.cat makes would not be
+    def encode_images(self, edited: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Two [n, 3, height, width] uint8 -> the target's mean and std, the condition."""
+        pair = (edited, original)  # each pinned; what torch.cat makes would not be
         images = torch.cat([image.to(self.device, non_blocking=True) for image in pair])
         images = images.float() / 127.5 - 1.0  # [2 n, 3, height, width]
         posterior = self.vae.encode(images.to(self.dtype)).latent_dist
         edited_mean, condition = posterior.mean.chunk(2)
+        return edited_mean, posterior.std.chunk(2)[0], condition
+
+    @torch.no_grad()
+    def encode(self, batch: PixelBatch) -> Samples:
+        """Pixels and tokens of n pairs -> samples on the device."""
+        target_mean, target_std, condition = self.encode_images(batch.edited, batch.original)
         return Samples(
-            target_mean=edited_mean,
-            target_std=posterior.std.chunk(2)[0],
+            target_mean=target_mean,
+            target_std=target_std,
             condition=condition,
             text=self.encode_text(batch.tokens.to(self.device, non_blocking=True)),
             positions=batch.positions.to(self.device, non_blocking=True),

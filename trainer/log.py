@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import write_text
+from .files import write_text
 from .trackers import open_tracker
 
 LOG_FILE = "log.jsonl"
@@ -125,6 +125,7 @@ SHOWN = {  # what the progress line tells, and how
     "lr": "lr {:.2e}",
     "grad_norm": "gradient norm {:.3f}",
     "images_per_second": "{:.3g} images/s",
+    "pairs_per_second": "{:.3g} pairs/s",
     "memory_gib": "{:.2f} GiB",
 }
 
@@ -132,11 +133,11 @@ SHOWN = {  # what the progress line tells, and how
 class Progress:
     """A live bar where stderr is a terminal, else one plain line at each call."""
 
-    def __init__(self, total_steps: int, first_step: int):
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, first_step: int, unit: str = "step"):
+        self._total_steps, self._unit = total_steps, unit
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", smoothing=0.1)
+            self._bar = tqdm(total=total_steps, initial=first_step, unit=unit, smoothing=0.1)
         self._timed_from: tuple[int, float] | None = None  # step, seconds
 
     def show(self, step: int, values: dict[str, float]) -> None:
@@ -151,7 +152,8 @@ class Progress:
             self._bar.refresh()
         else:
             left = f"  {self._time_left(step)}"
-            print(f"step {step}/{self._total_steps}  {text}{left}".rstrip(), file=sys.stderr)
+            at = f"{self._unit} {step}/{self._total_steps}"
+            print(f"{at}  {text}{left}".rstrip(), file=sys.stderr)
 
     def _time_left(self, step: int) -> str:
         """From the speed since the first call: what came before it was start-up and compiling."""

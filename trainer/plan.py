@@ -14,6 +14,7 @@ from . import checkpoint
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import split_rows
 from .errors import UsageError
+from .files import write_text
 from .optim import check_8bit
 from .pretrained import Described, check_resolution, describe
 from .rows import Rows, open_rows
@@ -84,7 +85,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     """
     config.check_complete()
     config = _with_machine_defaults(config, world)
-    notes = _notes(config)
+    notes = _notes(config, on_gpu=world.device.type == "cuda")
     check_trackers(config.output.trackers)
     _check_output(config.output)
     if config.optim.use_8bit_adam:
@@ -136,7 +137,7 @@ def claim_output(plan: Plan) -> None:
         checkpoint.set_aside_later(output, step_of(plan.resume))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}") from None
-    checkpoint.write_text(output / RUN_FILE, to_toml(plan.config))
+    write_text(output / RUN_FILE, to_toml(plan.config))
 
 
 def step_of(folder: Path | None) -> int:
@@ -196,8 +197,14 @@ def _validation_image(config: RunConfig) -> Image.Image | None:
     return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
-def _notes(config: RunConfig) -> list[str]:
+def _notes(config: RunConfig, on_gpu: bool) -> list[str]:
     notes = []
+    if on_gpu and config.data.cache_latents is None:
+        crops = "" if config.data.one_crop else " --cache_crops 4 (or --center_crop)"
+        notes.append(
+            "every epoch encodes every image again, about half of the work of a step: "
+            f"--cache_latents DIR{crops} encodes them once"
+        )
     if config.precision.enable_xformers_memory_efficient_attention:
         notes.append(
             "--enable_xformers_memory_efficient_attention: not needed, PyTorch's own "

@@ -4,9 +4,10 @@ A row is one pair and its instruction. Images are decoded here and not by `datas
 unreadable image is one bad row, told by its name.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -46,6 +47,14 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def pairs(self, row: int) -> int:
+        """How many pairs `read` chooses from: the one of number int(draw x pairs)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes with the rows, their order, their texts and, by size and time, image files."""
+        ...
+
     def name(self, row: int) -> str:
         """The row in messages, for instance "row 17 (images/0017.png)"."""
         ...
@@ -82,6 +91,22 @@ class TableRows:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def pairs(self, row: int) -> int:
+        return 1
+
+    def fingerprint(self) -> str:
+        columns = [self._original, self._edited, self._prompt]
+        files = [column for column in columns[:2] if _holds_text(self._table, column)]
+        facts: list[Any] = [columns, len(self)]
+        if len(files) < 2:
+            # Images that `datasets` holds are known by its own hash, of files or the hub's commit.
+            facts.append(self._table._fingerprint)
+        for column in files:
+            paths = self._table.data.column(column).to_pylist()
+            facts += [(path, path and _state(self._folder / path)) for path in paths]
+        facts += self._table.data.column(self._prompt).to_pylist()
+        return _hash(facts)
 
     def name(self, row: int) -> str:
         _, path = _bytes_and_path(self._table[row][self._original])
@@ -186,6 +211,17 @@ class PaperRows:
     def __len__(self) -> int:
         return len(self._names)
 
+    def pairs(self, row: int) -> int:
+        return int(self._starts[row + 1] - self._starts[row])
+
+    def fingerprint(self) -> str:
+        return _hash(self._facts(row) for row in range(len(self)))
+
+    def _facts(self, row: int) -> list[Any]:
+        folder, seeds = self._folder / self._names[row], self._seeds[slice(*self._starts[row:][:2])]
+        files = ["prompt.json", *(f"{seed}_{end}.jpg" for seed in seeds for end in (0, 1))]
+        return [str(self._names[row]), *([file, _state(folder / file)] for file in files)]
+
     def name(self, row: int) -> str:
         return f"row {row} ({self._names[row]})"
 
@@ -207,6 +243,22 @@ class PaperRows:
             return load_image(self._folder / path)
         except ValueError as error:
             raise BadSample(f"row {row} ({path})", str(error)) from error
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def _hash(facts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(json.dumps(fact, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def open_rows(section: DataConfig, cache_dir: str | None = None) -> Rows:

@@ -1,9 +1,11 @@
 """A run from its configuration to the exported pipeline: builds the parts, then the loop."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import IntEnum
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
+from .cache import CachedBatch, CachedPairs
+from .caching import open_cache
 from .checkpoint import Checkpoint
 from .config import PrecisionConfig, RunConfig
-from .data import EditPairs, collate, make_tokenize
+from .data import EditPairs, PixelBatch, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
-from .encoders import Encoders
+from .encoders import Encoders, Samples
 from .errors import UsageError
 from .export import check_push, load_safety, model_card, push, save_pipeline
 from .log import RunLog
@@ -30,7 +34,7 @@ from .sample import build_pipeline
 from .settings import flat
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
-from .validate import Validator
+from .validate import Validator, newest_picture
 from .windows import Verdict, Windows
 from .world import World
 
@@ -67,8 +71,14 @@ def train(
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
     world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    _set_numerics(plan.config.precision)
+    cached = None
+    if plan.config.data.cache_latents is not None:
+        cached = open_cache(plan, world, stop_requested, dry_run=dry_run)
+        if cached is None and not dry_run:
+            return Ended.STOPPED
     with world.together():
-        run = Run(plan, world, command)
+        run = Run(plan, world, command, cached)
     if world.is_main:
         print(*plan.lines(world), *plan.notes, sep="\n", file=sys.stderr)
     if dry_run:
@@ -79,13 +89,39 @@ def train(
     return run.train(stop_requested)
 
 
+def build_cache(
+    config: RunConfig,
+    world: World,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    dry_run: bool = False,
+) -> Ended:
+    """Encodes what --cache_latents lacks for a run of these settings; trains nothing.
+
+    Args:
+        dry_run: says what is wanting, and writes nothing.
+
+    Raises: UsageError, on all ranks alike.
+    """
+    config.check_complete()
+    if config.data.cache_latents is None:
+        raise UsageError("--cache_latents is missing: the folder or URL to write the cache to")
+    # What another run left in --output_dir does not matter, and is not touched.
+    output = dataclasses.replace(config.output, overwrite=True, resume_from_checkpoint=None)
+    with world.together():
+        plan = make_plan(dataclasses.replace(config, output=output), world)
+    world.check_same(plan.facts(), "all machines must see the same dataset")
+    _set_numerics(plan.config.precision)
+    cached = open_cache(plan, world, stop_requested, dry_run=dry_run)
+    return Ended.STOPPED if cached is None and not dry_run else Ended.DONE
+
+
 class Run:
     """The parts of a run, and what is done with them between steps."""
 
-    def __init__(self, plan: Plan, world: World, command: str) -> None:
+    def __init__(self, plan: Plan, world: World, command: str, cached: CachedPairs | None) -> None:
         config, device = plan.config, world.device
         self.plan, self.world, self.command = plan, world, command
-        _set_numerics(config.precision)
         self.kernels_run = device.type == "cuda" and not config.precision.plain
         self.unet, self.fused = prepare_unet(
             load_unet(config.model),
@@ -95,14 +131,13 @@ class Run:
             attention=config.precision.attention,
         )
         tokenize = make_tokenize(plan.described.tokenizer)
-        vae, text_encoder = load_encoders(config.model)
-        self.encoders = Encoders(vae, text_encoder, tokenize("")[None], device, plan.dtype)
+        self.cached = cached
         self.loss_fn = EditLoss(
             Diffusion.from_scheduler(
-                plan.described.scheduler, vae.config["scaling_factor"], device
+                plan.described.scheduler, plan.described.vae["scaling_factor"], device
             ),
             config.conditioning.rates,
-            self.encoders.null_text,
+            self.encoders.null_text if cached is None else cached.null_text().to(device),
             config.loop.seed,
             plan.dtype,
         )
@@ -113,6 +148,7 @@ class Run:
         self.pairs = EditPairs(
             plan.rows, plan.train_rows, config.data, config.loop.seed, plan.global_batch, tokenize
         )
+        self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
         if plan.resume:
             self._load_state(checkpoint.read(plan.resume))
@@ -133,7 +169,8 @@ class Run:
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
         meter = Meter(world.device)
-        windows = Windows(self.pairs, loop, data, world, self.step, plan.total_steps)
+        source = self.pairs if self.cached is None else self.cached
+        windows = Windows(source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
                 window, verdict, messages = windows.take(stop_requested())
@@ -148,7 +185,7 @@ class Run:
                 lr = lr_at(self.step)
                 result = train_step(
                     model,
-                    map(self.encoders.encode, window),
+                    map(self._samples, window),
                     loop.gradient_accumulation_steps,
                     self.loss_fn,
                     self.optimizer,
@@ -167,12 +204,12 @@ class Run:
                     log.scalars(self.step, values)
                     log.progress(self.step, values)
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
-                    if validator.due(self.step, plan.total_steps):
+                    if validator is not None and validator.due(self.step, plan.total_steps):
                         validator.run(self.step, self.ema, log)
                     if self.step % output.checkpointing_steps == 0 or last:
                         self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
-            self.export(validator.newest_picture(self.step))
+            self.export(newest_picture(self.pictures, self.step))
             log.note(f"done: {plan.output}")
             return Ended.DONE
         finally:
@@ -188,9 +225,23 @@ class Run:
             device_ids=[self.world.local_rank] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
-        blank = collate([self.pairs.blank()] * self.plan.config.loop.train_batch_size)
-        discarded_step(model, self.encoders.encode(blank), self.loss_fn, self.optimizer)
+        count = self.plan.config.loop.train_batch_size
+        blank = self.cached.blank(count) if self.cached else collate([self.pairs.blank()] * count)
+        discarded_step(model, self._samples(blank), self.loss_fn, self.optimizer)
         return model
+
+    def _samples(self, batch: PixelBatch | CachedBatch) -> Samples:
+        """What the step trains on, on the device."""
+        if isinstance(batch, CachedBatch):
+            return batch.to_samples(self.world.device)
+        return self.encoders.encode(batch)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """On the device once they are asked for: a run from a cache only validates with them."""
+        vae, text_encoder = load_encoders(self.plan.config.model)
+        null_tokens = make_tokenize(self.plan.described.tokenizer)("")[None]
+        return Encoders(vae, text_encoder, null_tokens, self.world.device, self.plan.dtype)
 
     # Checkpoints and export.
 
@@ -265,8 +316,10 @@ class Run:
 
     # Parts that only the loop needs.
 
-    def _validator(self) -> Validator:
+    def _validator(self) -> Validator | None:
         plan, section = self.plan, self.plan.config.validation
+        if not len(plan.held_out_rows) and plan.validation_image is None:
+            return None
         pipeline = build_pipeline(
             self.unet,
             self.encoders.vae,
@@ -283,7 +336,7 @@ class Run:
             plan.held_out_rows.tolist(),
             plan.validation_image,
             section.validation_steps or section.validation_epochs * plan.steps_per_epoch,
-            plan.output / "validation",
+            self.pictures,
             self.world,
             batch_size=min(8, plan.config.loop.train_batch_size),
             on_bad_sample=plan.config.data.on_bad_sample,

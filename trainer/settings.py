@@ -22,6 +22,7 @@ MAY_CHANGE = frozenset(
         "loop.max_train_steps",
         "model.cache_dir",
         "data.on_bad_sample",
+        "data.cache_latents",  # --cache_crops may not: they are other samples
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",

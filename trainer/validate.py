@@ -97,15 +97,6 @@ class Validator:
                 if self.world.is_main:
                     self._show(step, edited, log)
 
-    def newest_picture(self, step: int) -> Path | None:
-        """The last grid up to a step, also of before the run was resumed."""
-        steps = [int(path.stem.split("-")[1]) for path in self.folder.glob("step-*.png")]
-        newest = max((other for other in steps if other <= step), default=None)
-        return None if newest is None else self._grid_path(newest)
-
-    def _grid_path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}.png"
-
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
         """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps."""
@@ -149,8 +140,19 @@ class Validator:
         rows = [(p.original, e, p.truth) for p, e in zip(self.pictures, edited, strict=True)]
         sheet = grid(rows, [p.instruction for p in self.pictures], ("input", "edit", "truth"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(self._grid_path(step))
+        sheet.save(grid_path(self.folder, step))
         log.image(step, "validation", sheet, f"step {step}")
+
+
+def newest_picture(folder: Path, step: int) -> Path | None:
+    """The last grid up to a step, also of before the run was resumed."""
+    steps = [int(path.stem.split("-")[1]) for path in folder.glob("step-*.png")]
+    newest = max((other for other in steps if other <= step), default=None)
+    return None if newest is None else grid_path(folder, newest)
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.png"
 
 
 def _pictures(

@@ -1,9 +1,10 @@
 """The micro-batches of each optimizer step, and what all ranks do with them."""
 
 from enum import IntEnum
+from typing import Any
 
 from .config import DataConfig, LoopConfig
-from .data import EditPairs, PixelBatch, StepSampler, make_loader
+from .data import Source, StepSampler, make_loader
 from .world import World
 
 
@@ -21,7 +22,7 @@ class Windows:
 
     def __init__(
         self,
-        pairs: EditPairs,
+        source: Source,
         loop: LoopConfig,
         data: DataConfig,
         world: World,
@@ -37,7 +38,7 @@ class Windows:
             micro_steps=loop.gradient_accumulation_steps,
         )
         loader = make_loader(
-            pairs,
+            source,
             sampler,
             workers=data.dataloader_num_workers,
             prefetch=data.dataloader_prefetch,
@@ -48,7 +49,7 @@ class Windows:
         self.on_bad_sample = Verdict.SKIPPED if data.on_bad_sample == "skip" else Verdict.BAD_SAMPLE
         self.world = world
 
-    def take(self, stop_requested: bool) -> tuple[list[PixelBatch], Verdict, list[str]]:
+    def take(self, stop_requested: bool) -> tuple[list[Any], Verdict, list[str]]:
         """The next window, the ranks' verdict on it, and what is wrong with samples on any rank."""
         window = [next(self.batches) for _ in range(self.micro_steps)]
         errors = [error for batch in window for error in batch.errors]

@@ -21,9 +21,9 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionMod
 from PIL.Image import Image as PILImage
 from tqdm import tqdm
 
-from ...trainer.checkpoint import write_text
 from ...trainer.draws import Purpose, draw_normal
 from ...trainer.evaluate import mean_by_kind, psnr
+from ...trainer.files import write_text
 from ...trainer.sample import edit_images, grid
 from ..cli import torchrun
 from ..train import quiet_libraries
@@ -147,7 +147,9 @@ def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
     }
     if from_scratch:
         flags["unet"] = _random_unet(output / "scratch-unet")
-    return torchrun(ranks, None, ["--use_ema", *(f"--{name}={flags[name]}" for name in flags)])
+    return torchrun(
+        "train", ranks, None, ["--use_ema", *(f"--{name}={flags[name]}" for name in flags)]
+    )
 
 
 def _random_unet(folder: Path) -> Path:

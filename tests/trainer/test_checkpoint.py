@@ -6,6 +6,7 @@ import torch
 from fusedit.trainer import checkpoint
 from fusedit.trainer.checkpoint import Checkpoint
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.files import write_text
 
 
 def _save(root, step, keep=None, value=None):
@@ -159,7 +160,7 @@ def test_accelerates_checkpoints_get_a_way_on(tmp_path):
 
 def test_a_small_file_is_replaced_whole(tmp_path):
     path = tmp_path / "new" / "run.toml"
-    checkpoint.write_text(path, "one")
-    checkpoint.write_text(path, "two")
+    write_text(path, "one")
+    write_text(path, "two")
     assert path.read_text() == "two"
     assert _names(path.parent) == ["run.toml"]

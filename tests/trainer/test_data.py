@@ -63,13 +63,13 @@ def make_pairs(rows=None, selection=None, seed=3, **settings):
 
 def rows_of(pairs, epoch=0):
     """The row of each slot of an epoch, -1 for padding."""
-    slots = pairs.steps_per_epoch * GLOBAL_BATCH
+    slots = pairs.order.steps_per_epoch * GLOBAL_BATCH
     return [pairs[epoch * slots + slot].tokens.item() for slot in range(slots)]
 
 
 def test_every_row_once_an_epoch_then_padding():
     pairs = make_pairs()
-    assert pairs.steps_per_epoch == STEPS
+    assert pairs.order.steps_per_epoch == STEPS
     rows = rows_of(pairs)
     assert sorted(rows[:COUNT]) == list(range(COUNT))
     assert rows[COUNT:] == [-1, -1, -1]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fusedit.kernels.attention_choice import BACKENDS
-from fusedit.trainer.config import Attention, PrecisionConfig
+from fusedit.trainer.config import Attention, DataConfig, PrecisionConfig, RunConfig
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.plan import _check_attention
+from fusedit.trainer.plan import _check_attention, _notes
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,18 @@ def test_plain_modules_have_pytorchs_attention(attention):
 
 def test_the_flag_has_the_kernels_names():
     assert get_args(Attention) == BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "told"),
+    [
+        ({}, True, "--cache_latents DIR --cache_crops 4 (or --center_crop) encodes them once"),
+        ({"center_crop": True}, True, "--cache_latents DIR encodes them once"),
+        ({"center_crop": True, "cache_latents": "cache"}, True, None),
+        ({}, False, None),
+    ],
+)
+def test_on_a_gpu_the_cache_is_recommended_once(settings, on_gpu, told):
+    notes = _notes(RunConfig(data=DataConfig(**settings)), on_gpu)
+    found = [note for note in notes if "--cache_latents" in note]
+    assert [told in note for note in found] == ([True] if told else [])
