@@ -22,8 +22,8 @@ INSTALLED = (*MAY_IMPORT, "fusedit")
 # Each module of trainer imports only those before it.
 TRAINER = [
     "errors", "config", "settings", "world", "draws", "images", "rows", "data", "windows",
-    "encoders", "diffusion", "conditioning", "loss", "unet", "pretrained", "ema", "optim",
-    "step", "checkpoint", "trackers", "log", "meter", "sample", "export", "validate",
+    "encoders", "diffusion", "conditioning", "loss", "unet", "compiled", "pretrained", "ema",
+    "optim", "step", "checkpoint", "trackers", "log", "meter", "sample", "export", "validate",
     "evaluate", "plan", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

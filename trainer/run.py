@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .compiled import Parts, check_gradients, compile_unet, eager
 from .config import PrecisionConfig, RunConfig
 from .data import EditPairs, collate, make_tokenize
 from .diffusion import Diffusion
@@ -94,6 +95,9 @@ class Run:
             fused=self.kernels_run,
             attention=config.precision.attention,
         )
+        self.compiled = config.precision.compile
+        if self.compiled == "auto":
+            self.compiled = "blocks" if self.kernels_run else "off"
         tokenize = make_tokenize(plan.described.tokenizer)
         vae, text_encoder = load_encoders(config.model)
         self.encoders = Encoders(vae, text_encoder, tokenize("")[None], device, plan.dtype)
@@ -113,9 +117,18 @@ class Run:
         self.pairs = EditPairs(
             plan.rows, plan.train_rows, config.data, config.loop.seed, plan.global_batch, tokenize
         )
+        if self.compiled != "off":
+            self._compile(self.compiled)
         self.step = 0  # optimizer steps done
         if plan.resume:
             self._load_state(checkpoint.read(plan.resume))
+
+    def _compile(self, parts: Parts) -> None:
+        """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
+        compile_unet(self.unet, parts)
+        blank = collate([self.pairs.blank()] * self.plan.config.loop.train_batch_size)
+        samples = self.encoders.encode(blank)
+        check_gradients(self.unet, self.loss_fn, samples, self.plan.dtype, parts)
 
     # The loop.
 
@@ -168,7 +181,8 @@ class Run:
                     log.progress(self.step, values)
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator.due(self.step, plan.total_steps):
-                        validator.run(self.step, self.ema, log)
+                        with eager():  # its shapes are others
+                            validator.run(self.step, self.ema, log)
                     if self.step % output.checkpointing_steps == 0 or last:
                         self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
