@@ -180,6 +180,7 @@ class LoopConfig:
 
 # Fastest as measured; our kernels; PyTorch's own choice; cuDNN's and flash through PyTorch.
 Attention = Literal["auto", "triton", "sdpa", "cudnn", "flash"]
+Compile = Literal["auto", "off", "blocks", "whole"]  # each transformer block, or the whole UNet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +195,7 @@ class PrecisionConfig:
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
     enable_xformers_memory_efficient_attention: bool = False  # no effect: see --attention
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
+    compile: Compile = "auto"  # ours: torch.compile of the UNet; auto is blocks on a GPU, else off
     plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
 
     def __post_init__(self) -> None:
@@ -201,6 +203,8 @@ class PrecisionConfig:
             raise UsageError(
                 f"--attention {self.attention} is not --plain, which is PyTorch's: leave out one"
             )
+        if self.plain and self.compile not in ("auto", "off"):
+            raise UsageError(f"--compile {self.compile} is not --plain: leave out one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

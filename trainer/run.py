@@ -17,6 +17,7 @@ from . import checkpoint
 from .cache import CachedBatch, CachedPairs
 from .caching import open_cache
 from .checkpoint import Checkpoint
+from .compiled import Parts, check_gradients, compile_unet, eager
 from .config import PrecisionConfig, RunConfig
 from .data import EditPairs, PixelBatch, collate, make_tokenize
 from .diffusion import Diffusion
@@ -130,6 +131,9 @@ class Run:
             fused=self.kernels_run,
             attention=config.precision.attention,
         )
+        self.compiled = config.precision.compile
+        if self.compiled == "auto":
+            self.compiled = "blocks" if self.kernels_run else "off"
         tokenize = make_tokenize(plan.described.tokenizer)
         self.cached = cached
         self.loss_fn = EditLoss(
@@ -149,9 +153,22 @@ class Run:
             plan.rows, plan.train_rows, config.data, config.loop.seed, plan.global_batch, tokenize
         )
         self.pictures = plan.output / "validation"
+        if self.compiled != "off":
+            self._compile(self.compiled)
         self.step = 0  # optimizer steps done
         if plan.resume:
             self._load_state(checkpoint.read(plan.resume))
+
+    def _compile(self, parts: Parts) -> None:
+        """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
+        compile_unet(self.unet, parts)
+        check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
+
+    def _blank(self) -> Samples:
+        """A micro-batch of weight 0, in the shapes of all others."""
+        count = self.plan.config.loop.train_batch_size
+        batch = self.cached.blank(count) if self.cached else collate([self.pairs.blank()] * count)
+        return self._samples(batch)
 
     # The loop.
 
@@ -205,7 +222,8 @@ class Run:
                     log.progress(self.step, values)
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and validator.due(self.step, plan.total_steps):
-                        validator.run(self.step, self.ema, log)
+                        with eager():  # its shapes are others
+                            validator.run(self.step, self.ema, log)
                     if self.step % output.checkpointing_steps == 0 or last:
                         self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
@@ -225,9 +243,7 @@ class Run:
             device_ids=[self.world.local_rank] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
-        count = self.plan.config.loop.train_batch_size
-        blank = self.cached.blank(count) if self.cached else collate([self.pairs.blank()] * count)
-        discarded_step(model, self._samples(blank), self.loss_fn, self.optimizer)
+        discarded_step(model, self._blank(), self.loss_fn, self.optimizer)
         return model
 
     def _samples(self, batch: PixelBatch | CachedBatch) -> Samples:

@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",
         "precision.attention",
+        "precision.compile",
         "precision.plain",
         "precision.enable_xformers_memory_efficient_attention",
         *(f"validation.{f.name}" for f in dataclasses.fields(ValidationConfig)),

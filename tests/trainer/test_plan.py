@@ -51,6 +51,12 @@ def test_plain_modules_have_pytorchs_attention(attention):
         PrecisionConfig(plain=True, attention=attention)
 
 
+@pytest.mark.parametrize("parts", ["blocks", "whole"])
+def test_plain_modules_are_not_compiled(parts):
+    with pytest.raises(UsageError, match=f"--compile {parts} is not --plain"):
+        PrecisionConfig(plain=True, compile=parts)
+
+
 def test_the_flag_has_the_kernels_names():
     assert get_args(Attention) == BACKENDS
 
