@@ -21,14 +21,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..kernels.attention_choice import DTYPES, TABLE
+from ..kernels.attention_choice import DEFAULT, DTYPES, TABLE
 from ..kernels.tables import FAMILIES
 from .flags import Flags, existing_file
 from .harness import Record, read, say
+from .report import by_shape
 from .tune import TOLERANCE
 
 BACKENDS = {"ours": "triton", "sdpa-cudnn": "cudnn", "sdpa-flash": "flash"}  # as rows name them
-DEFAULT, OWN_CHOICE = "sdpa", "eager"
+OWN_CHOICE = "eager"
 SHAPE = re.compile(r"\d+x(\d+)x\d+x(\d+)\+(\d+)keys")  # n, queries, heads, width, keys
 WAYS = ("forward", "backward")
 
@@ -52,20 +53,22 @@ def measurements(records: Iterable[Record]) -> dict[Sizes, list[Times]]:
     """
     found: dict[Sizes, list[Times]] = defaultdict(list)
     for record in records:
-        shapes: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
-        for row in filter(counts, record["rows"]):
-            of = row["labels"]
-            ways = shapes.setdefault((of["preset"], of["shape"], of["dtype"]), {})
-            timed = ways.setdefault(of["by"], {})
-            if row["timings"]:
-                timed[of["direction"]] = row["timings"]["graph"]["median_ms"]
-        for (_, shape, dtype), ways in shapes.items():
+        for (_, _, shape, dtype), ways in by_shape(filter(counts, record["rows"])).items():
             match = SHAPE.fullmatch(shape)
             if match:
                 queries, width, keys = map(int, match.groups())
-                times = {by: sum(of.values()) for by, of in ways.items() if {*of} == {*WAYS}}
+                times = {by: in_graph(of) for by, of in ways.items() if both_timed(of)}
                 found[Sizes(width, dtype, queries, keys)].append(times)
     return found
+
+
+def both_timed(ways: dict[str, Record]) -> bool:
+    return {way for way, row in ways.items() if row["timings"]} == {*WAYS}
+
+
+def in_graph(ways: dict[str, Record]) -> float:
+    """Milliseconds of all directions together."""
+    return sum(row["timings"]["graph"]["median_ms"] for row in ways.values())
 
 
 def counts(row: Record) -> bool:

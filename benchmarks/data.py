@@ -26,25 +26,26 @@ from ..trainer.data import Order, StepSampler, make_loader
 from . import harness, report
 from .flags import Flags, positive
 from .harness import Record, say
+from .shapes import TEXT_TOKENS
 from .timing import timing
 
 PAIRS, PAIRS_A_TEXT, PAIRS_A_SHARD = 4096, 2, 512
 RESOLUTIONS = (256, 512)
-TOKENS, WIDTH = 77, 768  # of CLIP's text encoder
+WIDTH = 768  # of CLIP's text encoder
 EPOCHS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def shape_of(resolution: int, dtype: torch.dtype) -> Shape:
     side = resolution // 8
-    return Shape(mirrors=2, crops=1, latent=(4, side, side), text=(TOKENS, WIDTH), dtype=dtype)
+    return Shape(mirrors=2, crops=1, latent=(4, side, side), text=(TEXT_TOKENS, WIDTH), dtype=dtype)
 
 
 def written(folder: Path, shape: Shape) -> CacheFolder:
     """A cache of noise; the first number of each pair and text is its own, modulo 128."""
     cache = CacheFolder(folder, {"synthetic": True}, shape)
     count = PAIRS // PAIRS_A_TEXT
-    tokens = torch.arange(count + 1, dtype=torch.int32)[:, None].expand(-1, TOKENS)
+    tokens = torch.arange(count + 1, dtype=torch.int32)[:, None].expand(-1, TEXT_TOKENS)
     digest = torch.from_numpy(np.stack([text_digest(one) for one in tokens.contiguous()]))
     for start in range(0, PAIRS, PAIRS_A_SHARD):
         row = torch.arange(start, start + PAIRS_A_SHARD)
@@ -71,7 +72,7 @@ def written(folder: Path, shape: Shape) -> CacheFolder:
 def measured(cache: CacheFolder, batch: int) -> tuple[list[float], str]:
     """Milliseconds of each micro-batch, and what was wrong with one."""
     order = Order(torch.arange(PAIRS), 0, batch)
-    null_tokens = torch.full((1, TOKENS), PAIRS // PAIRS_A_TEXT)
+    null_tokens = torch.full((1, TEXT_TOKENS), PAIRS // PAIRS_A_TEXT)
     pairs = CachedPairs(cache, order, 0, True, null_tokens)
     sampler = StepSampler(0, EPOCHS * order.steps_per_epoch, 0, 1, batch, 1)
     milliseconds, wrong = [], ""
@@ -126,12 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     record = harness.new_record("data", words, flags.commit)
     measure(record, flags.folder, flags.batch)
-    record["complete"] = True
-    harness.write(record, flags.out / "data.json")
-    print(report.markdown(record))
+    code = report.finish(record, flags.out / "data.json")
     for row in record["rows"]:
         print(f"{row['name']}: {row['values'].get('samples_per_s', row['note'])} samples a second")
-    return int(any(row["verdict"] == "wrong" for row in record["rows"]))
+    return code
 
 
 if __name__ == "__main__":

@@ -51,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = harness.new_record("gpu", words, flags.commit)
     record["benchmark"] = flags.part
     PARTS[flags.part](record, flags)
-    record["complete"] = True
-    harness.write(record, flags.out / f"{flags.part}.json")
-    print(report.markdown(record))
-    return int(any(row["verdict"] in ("wrong", "failed") for row in record["rows"]))
+    return report.finish(record, flags.out / f"{flags.part}.json")
 
 
 def find_ceilings(record: Record, flags: argparse.Namespace) -> None:

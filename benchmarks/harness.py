@@ -171,6 +171,21 @@ def read(path: Path) -> Record:
         raise ValueError(f"{path.name} is no record of a benchmark: {error}") from None
 
 
+def resumed(path: Path | None, fresh: Record) -> Record:
+    """The record in the folder, if this very commit began it on such a GPU and did not end it."""
+    if path is None or not path.exists():
+        return fresh
+    begun = read(path)
+    sources = [record["provenance"] for record in (begun, fresh)]
+    commits = {source["commit"] for source in sources}
+    gpus = {source["machine"]["gpu"] for source in sources}
+    changed = any(source["dirty"] for source in sources)
+    if begun["complete"] or len(commits) > 1 or None in commits or len(gpus) > 1 or changed:
+        return fresh
+    say(f"going on with {path.name}: {len(begun['rows'])} rows are there")
+    return begun
+
+
 def compare(old: Record, new: Record, by: str = "ours") -> list[str]:
     """What became worse between two records of one kind of GPU, a line each.
 

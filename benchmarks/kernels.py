@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if on_gpu:
         here = torch.device("cuda", torch.cuda.current_device())
         fresh["provenance"]["machine"]["family"] = tables.family(here)
-    record = resumed(path, fresh)
+    record = harness.resumed(path, fresh)
     device = torch.device("cuda" if on_gpu else "cpu")
     timer = Timer(device) if on_gpu else None
     if timer:
@@ -115,21 +115,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         record["complete"] = True
     return finish(record, path, old, only_json=flags.only_json)
-
-
-def resumed(path: Path | None, fresh: Record) -> Record:
-    """The record in the folder, if this very commit began it on such a GPU and did not end it."""
-    if path is None or not path.exists():
-        return fresh
-    begun = harness.read(path)
-    sources = [record["provenance"] for record in (begun, fresh)]
-    commits = {source["commit"] for source in sources}
-    gpus = {source["machine"]["gpu"] for source in sources}
-    changed = any(source["dirty"] for source in sources)
-    if begun["complete"] or len(commits) > 1 or None in commits or len(gpus) > 1 or changed:
-        return fresh
-    say(f"going on with {path.name}: {len(begun['rows'])} rows are there")
-    return begun
 
 
 def finish(record: Record, path: Path | None, old: Record | None, *, only_json: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import attention_choice
 from ..kernels.edit_input import edit_input, edit_input_reference
 from ..kernels.geglu import geglu, geglu_reference
 from ..kernels.group_norm import (
@@ -322,7 +323,7 @@ OPS = {
             least_bytes=attention.least_bytes,
             flops=attention.flops,
             rivals=ATTENTIONS,
-            kernel_dtypes=("bf16", "fp16"),
+            kernel_dtypes=tuple(attention_choice.DTYPES.values()),
         ),
         Op(
             name="edit_input",

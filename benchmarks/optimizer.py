@@ -176,10 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timer = Timer(torch.device("cuda"))
     record["ceilings"] = ceilings(timer, torch.device("cuda"))
     measure(record, timer, unet_shapes())
-    record["complete"] = True
-    harness.write(record, flags.out / "optimizer.json")
-    print(report.markdown(record))
-    return int(any(row["verdict"] == "wrong" for row in record["rows"]))
+    return report.finish(record, flags.out / "optimizer.json")
 
 
 if __name__ == "__main__":

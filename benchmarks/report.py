@@ -10,12 +10,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .flags import Flags, existing_file
-from .harness import Record, Timing, read, say
+from .harness import Record, Timing, read, say, write
 from .timing import MODES
 
 OF_PRODUCTS = ("attention",)  # ops that matrix products bound, not bytes
 NOT_SHIPPED = ("ours", "compile", "flash-attn")  # all others are PyTorch's own attention
 COLOURS = {"ours": "#1f6feb", "compile": "#f0883e", "eager": "#9aa0a6"}
+
+
+def finish(record: Record, path: Path) -> int:
+    """Writes and prints a complete record; returns the exit code, 1 if an answer is not right."""
+    record["complete"] = True
+    write(record, path)
+    print(markdown(record))
+    return int(any(row["verdict"] in ("wrong", "failed") for row in record["rows"]))
 
 
 def markdown(record: Record) -> str:
@@ -132,6 +140,16 @@ def _pivot(rows: Iterable[Record]) -> dict[tuple[str, ...], dict[str, Record]]:
     return pivot
 
 
+def by_shape(rows: Iterable[Record]) -> dict[tuple[str, ...], dict[str, dict[str, Record]]]:
+    """Labels without direction and `by` -> by -> direction -> row."""
+    found: dict[tuple[str, ...], dict[str, dict[str, Record]]] = {}
+    for row in rows:
+        labels = dict(row["labels"])
+        way, by = labels.pop("direction"), labels.pop("by")
+        found.setdefault(tuple(labels.values()), {}).setdefault(by, {})[way] = row
+    return found
+
+
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
@@ -166,14 +184,10 @@ def _times(rows: list[Record], found: Record | None) -> str:
 
 def _against_best(rows: list[Record]) -> str:
     """TFLOP/s of ours and of the best that PyTorch ships, by forward and backward together."""
-    shapes: dict[tuple[str, ...], dict[str, dict[str, Record]]] = {}
-    for row in rows:
-        *name, way, by = row["labels"].values()
-        shapes.setdefault(tuple(name), {}).setdefault(by, {})[way] = row
     head = ["op", "preset", "shape", "dtype", "PyTorch's best", "forward: ours, best", "backward",
             "both, TFLOP/s", "ours / best"]  # fmt: skip
     lines = []
-    for name, cells in shapes.items():
+    for name, cells in by_shape(rows).items():
         rates = {by: _rates(ways) for by, ways in cells.items() if len(ways) == 2}
         theirs = {by: of for by, of in rates.items() if by not in NOT_SHIPPED}
         if "ours" not in rates or not theirs:

@@ -106,16 +106,11 @@ class Parts(NamedTuple):
 
 def parts(size: int, *, split: bool) -> Parts:
     """How rows or columns are held: 40 as 32 + 16, or unsplit as 64."""
-    whole = max(LEAST_PART, _power_of_2(size))
+    whole: Any = max(LEAST_PART, triton.next_power_of_2(size))
     half = whole // 2
     # A rest below a quarter of the half would spread too thin over the warps.
-    rest = max(LEAST_PART, half // 4, _power_of_2(size - half))
+    rest: Any = max(LEAST_PART, half // 4, triton.next_power_of_2(size - half))
     return Parts(half, rest) if split and half + rest < whole else Parts(whole, 0)
-
-
-def _power_of_2(size: int) -> int:
-    """The least that is no less than size."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _heads(tensor: Tensor) -> Tensor:
@@ -139,16 +134,15 @@ class Plan(NamedTuple):
     """How a kernel is launched."""
 
     blocks: dict[str, Any]
-    tiles: int  # of queries, or of keys, in a head
-    programs: int  # a head
+    programs: int  # a head; 0: not to be used
 
 
 def _plan(name: str, q: Tensor, k: Tensor, *, of_keys: bool = False) -> Plan:
-    """The table's entry for these sizes, with what follows from it; no tiles: not to be used."""
+    """The table's entry for these sizes, with what follows from it."""
     (n, queries, heads, width), keys = q.shape, k.shape[1]
     blocks = pick(f"attention.{name}", q.device, width=width, keys=keys)
     if not blocks["QUERIES"]:
-        return Plan(blocks, 0, 0)
+        return Plan(blocks, 0)
     columns = parts(width, split=bool(blocks.pop("SPLIT")))
     blocks |= {"D": width, "WIDE": columns.first, "NARROW": columns.rest}
     held = blocks.get("KEYS", 0)
@@ -159,9 +153,10 @@ def _plan(name: str, q: Tensor, k: Tensor, *, of_keys: bool = False) -> Plan:
             blocks["MORE_KEYS"] = rows.rest
     blocks["EVEN_Q"] = queries % blocks["QUERIES"] == 0
     blocks["EVEN_K"] = keys % held == 0
-    tiles: Any = triton.cdiv(keys, held) if of_keys else triton.cdiv(queries, blocks["QUERIES"])
-    wanted: Any = triton.cdiv(blocks.pop("PROGRAMS", n * heads * tiles), n * heads)
-    return Plan(blocks, tiles, min(tiles, wanted))
+    programs: Any = triton.cdiv(keys, held) if of_keys else triton.cdiv(queries, blocks["QUERIES"])
+    if "PROGRAMS" in blocks:  # of all heads, which share the tiles
+        programs = min(programs, triton.cdiv(blocks.pop("PROGRAMS"), n * heads))
+    return Plan(blocks, programs)
 
 
 def _is_short(k: Tensor) -> bool:
@@ -188,7 +183,7 @@ def _launch_backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v)
     slopes = scale * LOG2_E, scale
     if _is_short(k):
         plan = _plan("short_backward", q, k)
-        if plan.tiles:
+        if plan.programs:
             _launch_short_backward(
                 plan, grad_out, q, k, v, out, lse, slopes, grad_q, grad_k, grad_v
             )
@@ -196,13 +191,13 @@ def _launch_backward(grad_out, q, k, v, out, lse, scale, grad_q, grad_k, grad_v)
     delta = torch.empty_like(lse)
     plan = _plan("backward_queries", q, k)
     kernel: Any = kernels.backward_queries_kernel
-    kernel[(plan.tiles * heads * n,)](
+    kernel[(plan.programs * heads * n,)](
         q, k, v, out, lse, grad_out, delta, grad_q,
         queries, keys, heads, *_far_strides(q, k, grad_q), *slopes, **plan.blocks,
     )  # fmt: skip
     plan = _plan("backward_keys", q, k, of_keys=True)
     kernel = kernels.backward_keys_kernel
-    kernel[(plan.tiles * heads * n,)](
+    kernel[(plan.programs * heads * n,)](
         q, k, v, lse, grad_out, delta, grad_k, grad_v,
         queries, keys, heads, *_far_strides(q, k, grad_k), *slopes, **plan.blocks,
     )  # fmt: skip

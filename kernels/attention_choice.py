@@ -72,8 +72,8 @@ def _known(
 ) -> tuple[Row, ...]:
     if dtype not in DTYPES or not (dispatch.INTERPRETED or kernels_run_on(device)):
         return ()
-    table = measured(family(device))
-    if not table["choices"] or table["measured"]["device"] != name(device):
+    table = of_card(device)
+    if table is None:
         return ()
     refused = "cudnn" if deterministic else ""  # by PyTorch, then
     return tuple(
@@ -92,6 +92,12 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def of_card(device: torch.device) -> dict[str, Any] | None:
+    """The table of a device's family, if it was measured on this very kind of card."""
+    table = measured(family(device))
+    return table if table["choices"] and table["measured"]["device"] == name(device) else None
+
+
 @cache
 def measured(of_family: str) -> dict[str, Any]:
     """The table of a family: "measured", the origin or None, and "choices"."""
@@ -104,8 +110,8 @@ def explained(backend: str, device: torch.device) -> str:
         return f"attention: {backend}, where it runs on a GPU; PyTorch's own elsewhere"
     if backend != "auto":
         return f"attention: {backend}, as asked"
-    table = measured(family(device))
-    if not table["choices"] or table["measured"]["device"] != name(device):
+    table = of_card(device)
+    if table is None:
         return f"attention: auto is PyTorch's own choice: none was measured on {name(device)}"
     count = len({row["backend"] for row in table["choices"]})
     return (

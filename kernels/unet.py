@@ -227,7 +227,9 @@ class FusedResnetBlock(Fused, ResnetBlock2D):
         hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:  # whose input diffusers copies to NCHW
             input_tensor = self.conv_shortcut(input_tensor)
-        return (input_tensor + hidden) / self.output_scale_factor
+        hidden = input_tensor + hidden
+        # Nearly always by 1, which would be a pass over memory for nothing.
+        return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
 
 
 class FusedGroupNorm(Fused, nn.GroupNorm):

@@ -138,7 +138,7 @@ def _why_not(attn: Attention, backend: str) -> str:
     module: Any = attn
     if type(module.processor) is not AttnProcessor2_0:
         return f"its processor is {type(module.processor).__name__}"
-    if module.to_q.weight.dtype == torch.float64:
+    if any(parameter.dtype == torch.float64 for parameter in module.to_q.parameters()):
         return "its weights are torch.float64"
     norms = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross")
     for name in norms:

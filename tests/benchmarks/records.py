@@ -1,4 +1,8 @@
-"""Records as a GPU would have them, made up."""
+"""Records as a GPU would have them, made up; and what a command says of a mistake."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
 
 from fusedit.benchmarks import harness
 from fusedit.benchmarks.harness import Record, Timing
@@ -61,3 +65,13 @@ def record(*rows: Record, gpu: str | None = "Fake H100") -> Record:
     made["ceilings"] = dict(CEILINGS)
     made["complete"] = True
     return made
+
+
+def refusal(main: Callable, words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr with which a benchmark's main ends, with exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (2, 1), said
+    assert said.startswith(f"{main.__module__}: ")
+    return said

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from records import refusal
 
 from fusedit.benchmarks import data, harness
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    sizes = {"PAIRS": 24, "PAIRS_A_SHARD": 8, "RESOLUTIONS": (16,), "TOKENS": 3, "WIDTH": 4}
+    sizes = {"PAIRS": 24, "PAIRS_A_SHARD": 8, "RESOLUTIONS": (16,), "TEXT_TOKENS": 3, "WIDTH": 4}
     for name, value in sizes.items():
         monkeypatch.setattr(data, name, value)
 
@@ -39,7 +40,5 @@ def test_a_wrong_answer_has_no_speed(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        data.main([f"--out={tmp_path}", f"--folder={tmp_path / 'no'}"])
-    assert ended.value.code == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    words = [f"--out={tmp_path}", f"--folder={tmp_path / 'no'}"]
+    assert "there is no such folder" in refusal(data.main, words, capsys)

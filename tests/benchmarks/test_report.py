@@ -2,7 +2,7 @@ import pytest
 from records import both_ways, record, row
 
 from fusedit.benchmarks import report
-from fusedit.benchmarks.harness import write
+from fusedit.benchmarks.harness import read, write
 
 BACK = {"direction": "backward"}
 
@@ -36,6 +36,15 @@ def test_what_is_wrong_is_told_apart_from_the_times():
 
 def test_a_record_without_rows_has_a_heading():
     assert report.markdown(record(gpu=None)).startswith("# kernels\n")
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("right", 0), ("wrong", 1), ("failed", 1)])
+def test_a_benchmark_ends_with_its_record_and_code(verdict, code, tmp_path, capsys):
+    made = record(row(), row(verdict=verdict, shape="1x1")) | {"complete": False}
+    assert report.finish(made, tmp_path / "new" / "a.json") == code
+    written = read(tmp_path / "new" / "a.json")
+    assert written["complete"]
+    assert capsys.readouterr().out == report.markdown(written) + "\n"
 
 
 def test_share_needs_a_time_bytes_and_a_ceiling():

@@ -107,15 +107,16 @@ def test_a_candidate_of_attention_launches_with_the_committed_ones_arguments(wha
     name = what.kernel.removeprefix("attention.")
     q, k = (torch.empty(2, rows, 8, width, device="meta") for rows in (4096, 77))
     keys = k if name.startswith("short") else q
+    of_keys = name == "backward_keys"
     arguments = set()
     for found in what.candidates(width):
         with serving({what.kernel: [dict(found)]}):
-            plan = attention_module._plan(name, q, keys, of_keys=name == "backward_keys")
+            plan = attention_module._plan(name, q, keys, of_keys=of_keys)
         if dict(found)["QUERIES"]:
-            assert plan.tiles >= plan.programs > 0
+            assert 0 < plan.programs <= 4096 // plan.blocks["KEYS" if of_keys else "QUERIES"]
             arguments.add(tuple(sorted(plan.blocks)))
         else:
-            assert plan.tiles == 0
+            assert plan.programs == 0
     assert len(arguments) <= 1
 
 

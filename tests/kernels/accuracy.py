@@ -1,7 +1,8 @@
 """The benchmark's accuracy bar as assertions, which also see whether a kernel ran."""
 
+import torch
 from launches import counted
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedit.benchmarks.accuracy import Op, as_tuple, error_share, judge, truth
 
@@ -34,3 +35,11 @@ def assert_close_to_truth(name: str, ours: Tensor, torch_says: Tensor, exact: Te
     share, what = error_share(ours, torch_says, exact)
     assert share is not None, f"{name}: {what}"
     assert share <= 1, f"{name}: {what}"
+
+
+def output_and_gradients(module: nn.Module, out: Tensor) -> dict[str, Tensor]:
+    """A module's output and its parameters' gradients by name, under one random direction."""
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out, parameters, direction)
+    return {"output": out.detach(), **dict(zip(names, grads, strict=True))}

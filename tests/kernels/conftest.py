@@ -6,7 +6,8 @@ from interpreter import interpreted
 from launches import Launches, counted
 
 
-@pytest.fixture(scope="package", autouse=True)
+# Not of the package: a folder without __init__.py is none, and its scope would be the session's.
+@pytest.fixture(scope="module", autouse=True)
 def kernels_run() -> Iterator[None]:
     """Kernels run here on any machine: on its GPU, or interpreted."""
     if torch.cuda.is_available():

@@ -35,6 +35,16 @@ def definition(scale=None, **inputs):
     return attention_reference(*inputs.values(), scale=scale)
 
 
+def results(inputs, direction, function=ours):
+    """The output, then the gradient of each input."""
+    out = function(**inputs)
+    return [out, *torch.autograd.grad(out, [*inputs.values()], direction)]
+
+
+def same_bits(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def with_blocks(monkeypatch, **changes):
     """Launches every kernel with some of its blocks changed."""
     pick = module.pick
@@ -60,9 +70,8 @@ def test_matches_pytorch(shape, dtype, device):
 def test_projections_come_in_one_two_or_three_tensors(form, keys, device):
     inputs = made(form, 3, 40, keys, keys, torch.bfloat16, device)
     assert_as_accurate_as_torch(ours, definition, inputs)
-    wanted = [value for value in inputs.values() if value.requires_grad]
-    grads = torch.autograd.grad(ours(**inputs).sum(), wanted)
-    assert all(grad.is_contiguous() for grad in grads)
+    direction = torch.ones(2, keys, 3, 40, dtype=torch.bfloat16, device=device)
+    assert all(grad.is_contiguous() for grad in results(inputs, direction)[1:])
 
 
 @pytest.mark.parametrize("width", [8, 16, 24, 48, 56, 72, 96, 120, 128, 136, 152])
@@ -127,10 +136,9 @@ def test_programs_of_a_head_share_its_queries(programs, of_head, device, monkeyp
 @pytest.mark.parametrize("dtype", HALVES)
 def test_one_key_is_the_answer(dtype, device):
     inputs = made("q kv", 2, 40, 70, 1, dtype, device)
-    out = ours(**inputs)
+    direction = torch.randn_like(inputs["q"])
+    out, grad_q, grad_kv = results(inputs, direction)
     assert torch.equal(out, inputs["kv"][:, :, 1].expand_as(out))
-    direction = torch.randn_like(out)
-    grad_q, grad_kv = torch.autograd.grad(out, [*inputs.values()], direction)
     assert grad_q.abs().max() < 1e-5  # what cancels in fp32
     assert grad_kv[:, :, 0].abs().max() < 1e-3
     torch.testing.assert_close(grad_kv[:, 0, 1], direction.float().sum(1).to(dtype))
@@ -168,13 +176,9 @@ def test_the_order_of_keys_does_not_matter(keys, device):
     order = torch.randperm(keys, device=device)
     shuffled = inputs | {"kv": inputs["kv"].detach()[:, order].requires_grad_()}
     direction = torch.randn_like(inputs["q"])
-    results = []
-    for one in (inputs, shuffled):
-        out = ours(**one)
-        results.append([out, *torch.autograd.grad(out, [*one.values()], direction)])
-    (out, grad_q, grad_kv), (out_2, grad_q_2, grad_kv_2) = results
-    pairs = [(out, out_2), (grad_q, grad_q_2), (grad_kv[:, order], grad_kv_2)]
-    for first, second in pairs:
+    out, grad_q, grad_kv = results(inputs, direction)
+    expected = [out, grad_q, grad_kv[:, order]]
+    for first, second in zip(expected, results(shuffled, direction), strict=True):
         torch.testing.assert_close(first, second, rtol=2e-2, atol=1e-2 * float(first.abs().max()))
 
 
@@ -182,12 +186,8 @@ def test_the_order_of_keys_does_not_matter(keys, device):
 def test_the_bits_are_the_same_on_every_run(keys, device):
     inputs = made("q kv", 2, 40, 300, keys, torch.bfloat16, device)
     direction = torch.randn_like(inputs["q"])
-    runs = []
-    for _ in range(3):
-        out = ours(**inputs)
-        runs.append([out, *torch.autograd.grad(out, [*inputs.values()], direction)])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    first, *others = [results(inputs, direction) for _ in range(3)]
+    assert all(same_bits(first, other) for other in others)
 
 
 @pytest.mark.parametrize("keys", [SHORT, LONG])
@@ -303,11 +303,7 @@ def test_compiles_whole(form, keys, device, launches):
     backend = "inductor" if device == "cuda" else "aot_eager"
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
     direction = torch.randn(2, keys, 2, 40, dtype=torch.bfloat16, device=device)
-    results = []
-    for function in (ours, compiled):
-        out = function(**inputs)
-        results.append([out, *torch.autograd.grad(out, [*inputs.values()], direction)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same_bits(results(inputs, direction), results(inputs, direction, compiled))
     assert launches.count("forward_kernel") == 2
 
 
@@ -316,24 +312,19 @@ def test_compiles_whole(form, keys, device, launches):
 def test_is_captured_in_a_graph(keys):
     inputs = made("q kv", 8, 40, 1024, keys, torch.bfloat16, "cuda")
     direction = torch.randn_like(inputs["q"])
-
-    def step():
-        out = ours(**inputs)
-        return [out, *torch.autograd.grad(out, [*inputs.values()], direction)]
-
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()
+        results(inputs, direction)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        captured = results(inputs, direction)
     with torch.no_grad():
         for value in inputs.values():
             value.normal_()
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    assert same_bits(captured, results(inputs, direction))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accuracy import output_and_gradients
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -53,12 +54,8 @@ def inputs(model, dtype=torch.float32, device="cpu"):
 
 
 def outcome(model, given, call=None) -> dict[str, torch.Tensor]:
-    """Output and every gradient by name, under one random direction."""
     out = (model if call is None else call)(**given, return_dict=False)[0]
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out, parameters, direction.to(out))
-    return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
+    return output_and_gradients(model, out)
 
 
 def errors(found, truth) -> dict[str, float]:

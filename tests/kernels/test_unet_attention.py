@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from accuracy import assert_close_to_truth, output_and_gradients
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fusedit.benchmarks.accuracy import error_share
 from fusedit.kernels import attention_choice
 from fusedit.kernels.unet import fuse, unfuse
 from fusedit.kernels.unet_attention import FusedAttention
@@ -58,9 +58,9 @@ class Wrapped(nn.Module):
         return self.base_layer(input) + input @ self.up.T
 
 
-def block(**changes) -> Block:
+def block(dtype=torch.float32, **changes) -> Block:
     torch.manual_seed(0)
-    return Block(**changes)
+    return Block(**changes).to(dtype)
 
 
 def inputs(dtype, device="cpu", rows=150):
@@ -70,12 +70,7 @@ def inputs(dtype, device="cpu", rows=150):
 
 
 def outcome(module, given, call=None):
-    """Output and gradients by name, under one random direction."""
-    out = (module if call is None else call)(*given)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    grads = torch.autograd.grad(out, parameters, direction)
-    return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
+    return output_and_gradients(module, (module if call is None else call)(*given))
 
 
 def assert_as_near_the_truth_as_plain(module, dtype, device):
@@ -86,9 +81,7 @@ def assert_as_near_the_truth_as_plain(module, dtype, device):
     theirs = outcome(plain.to(device, dtype), inputs(dtype, device))
     ours = outcome(module.to(device, dtype), inputs(dtype, device))
     for name, exact in truth.items():
-        share, what = error_share(ours[name].cpu(), theirs[name].cpu(), exact)
-        assert share is not None, f"{name}: {what}"
-        assert share <= 1, f"{name}: {what}"
+        assert_close_to_truth(name, ours[name].cpu(), theirs[name].cpu(), exact)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -140,12 +133,12 @@ def test_parameters_stay_and_unfuse_restores():
 def test_projections_with_an_adapter_stay_apart(adapter, when, device, launches):
     module = block()
     made = fuse(module, attention="triton")
-    for attn, part in ((module.attn1, "to_k"), (module.attn2, "to_v")):
-        setattr(attn, part, adapter(getattr(attn, part)))
+    for name in ("attn1.to_k", "attn2.to_q", "attn2.to_v"):
+        module.set_submodule(name, adapter(module.get_submodule(name)))
     if when == "before":
         made = fuse(module, attention="triton")
         assert set(made.fused) == {"attn1", "attn2"}
-        assert set(made.left) == {"attn1.to_k", "attn2.to_v"}
+        assert set(made.left) == {"attn1.to_k", "attn2.to_q", "attn2.to_v"}
         assert f"it carries an adapter or a hook ({adapter.__name__})" in made.left["attn1.to_k"]
     assert_as_near_the_truth_as_plain(module, torch.bfloat16, device)
     assert Counter(launches) == Counter(SELF + CROSS)
@@ -205,25 +198,27 @@ def test_frozen_projections_get_no_gradient(device):
     assert module.attn1.to_q.weight.grad is not None
 
 
-def test_a_mask_is_the_stock_processors(device, launches):
-    module = block().to(device, torch.bfloat16)
-    states, text = inputs(torch.bfloat16, device, rows=TEXT)
-    mask = torch.zeros(2, 1, TEXT, device=device, dtype=torch.bfloat16)
+def masked():
+    states, text = inputs(torch.bfloat16, rows=TEXT)
+    mask = torch.zeros(2, 1, TEXT, dtype=torch.bfloat16)
     mask[:, :, 2:] = -10000
+    return block(), {"states": states, "text": text, "attention_mask": mask}
+
+
+def image():
+    attn = Attention(query_dim=16, heads=2, dim_head=8)
+    return attn, {"hidden_states": torch.randn(2, 16, 3, 5, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize("case", [masked, image])
+def test_a_mask_and_an_image_are_the_stock_processors(case, device, launches):
+    module, given = case()
+    module = module.to(device, torch.bfloat16)
+    given = {name: value.to(device) for name, value in given.items()}
     with torch.no_grad():
-        plain = module(states, text, attention_mask=mask)
+        plain = module(**given)
         fuse(module, attention="triton")
-        assert torch.equal(module(states, text, attention_mask=mask), plain)
-    assert not launches
-
-
-def test_an_image_is_the_stock_processors(device, launches):
-    attn = Attention(query_dim=16, heads=2, dim_head=8).to(device, torch.bfloat16)
-    image = torch.randn(2, 16, 3, 5, device=device, dtype=torch.bfloat16)
-    with torch.no_grad():
-        plain = attn(image)
-        fuse(attn, attention="triton")
-        assert torch.equal(attn(image), plain)
+        assert torch.equal(module(**given), plain)
     assert not launches
 
 
@@ -310,33 +305,28 @@ def test_auto_goes_by_the_dtype_that_the_products_have(autocast, device, launche
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("backend", "changes", "why"),
     [
-        ({"norm_num_groups": 8}, "it has a group_norm"),
-        ({"qk_norm": "layer_norm"}, "it has a norm_q"),
-        ({"residual_connection": True}, "it adds its input, or rescales its output"),
-        ({"rescale_output_factor": 2.0}, "it adds its input, or rescales its output"),
-        ({"kv_heads": 1}, "its keys are not those of its heads alone"),
-        ({"dim_head": 20}, "its heads are 20 wide; served are multiples of 8 to 160"),
-        ({"dim_head": 168}, "its heads are 168 wide; served are multiples of 8 to 160"),
-        ({"scale_qk": False}, "its processor is AttnProcessor"),
+        ("triton", {"norm_num_groups": 8}, "it has a group_norm"),
+        ("triton", {"qk_norm": "layer_norm"}, "it has a norm_q"),
+        ("triton", {"residual_connection": True}, "it adds its input, or rescales its output"),
+        ("triton", {"rescale_output_factor": 2.0}, "it adds its input, or rescales its output"),
+        ("triton", {"kv_heads": 1}, "its keys are not those of its heads alone"),
+        ("triton", {"dim_head": 20}, "its heads are 20 wide; served are multiples of 8 to 160"),
+        ("triton", {"dim_head": 168}, "its heads are 168 wide; served are multiples of 8 to 160"),
+        ("triton", {"scale_qk": False}, "its processor is AttnProcessor"),
+        ("triton", {"dtype": torch.float64}, "its weights are torch.float64"),
+        ("cudnn", {"dim_head": 160}, "its heads are 160 wide, and cuDNN's backward stops at 128"),
     ],
 )
-def test_what_is_not_served_is_left_and_named(changes, why):
+def test_what_is_not_served_is_left_and_named(backend, changes, why):
     module = block(**changes)
-    made = fuse(module, attention="triton")
+    made = fuse(module, attention=backend)
     assert made.left["attn1"] == why
     assert not isinstance(module.attn1.processor, FusedAttention)
 
 
-def test_fp64_is_left_and_named():
-    made = fuse(block().double(), attention="triton")
-    assert made.left["attn1"] == "its weights are torch.float64"
-
-
-def test_cudnn_is_left_where_its_backward_stops():
-    made = fuse(block(dim_head=160), attention="cudnn")
-    assert made.left["attn1"] == "its heads are 160 wide, and cuDNN's backward stops at 128"
+def test_cudnn_serves_heads_up_to_where_its_backward_stops():
     assert not fuse(block(dim_head=128), attention="cudnn").left
 
 

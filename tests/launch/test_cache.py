@@ -2,38 +2,12 @@
 
 import json
 import shutil
-import signal
 
 import pytest
-import torch
-from tiny import save_tiny_dataset, save_tiny_pipeline
 
 from fusedit.launch import cache, cli, train
 from fusedit.trainer import checkpoint
 from fusedit.trainer.encoders import Encoders
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=8)
-    return folder
-
-
-@pytest.fixture
-def here(inputs, tmp_path, monkeypatch):
-    """An empty folder to run in, with `base` and `data` beside it; signals are given back."""
-    for name in ("base", "data"):
-        shutil.copytree(inputs / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # One thread, as conftest.py says: on a busy machine tiny tensors wait for the others' turn.
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
 
 BASIC = {
     "pretrained_model_name_or_path": "base",

@@ -1,8 +1,6 @@
 """The command as its users meet it: what it writes, and what it says when they err."""
 
 import json
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -13,33 +11,9 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import save_tiny_dataset, save_tiny_pipeline
 
 from fusedit.launch import cli, train
 from fusedit.trainer import checkpoint
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=8)
-    return folder
-
-
-@pytest.fixture
-def here(inputs, tmp_path, monkeypatch):
-    """An empty folder to run in, with `base` and `data` beside it; signals are given back."""
-    for name in ("base", "data"):
-        shutil.copytree(inputs / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
 
 BASIC = {
     "pretrained_model_name_or_path": "base",

@@ -1,0 +1,30 @@
+"""A tiny base and tiny data, and a folder of its own for each test that runs a command."""
+
+import shutil
+import signal
+
+import pytest
+import torch
+from tiny import save_tiny_dataset, save_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_pipeline(folder / "base")
+    save_tiny_dataset(folder / "data", count=8)
+    return folder
+
+
+@pytest.fixture
+def here(inputs, tmp_path, monkeypatch):
+    """An empty folder to run in, with `base` and `data` beside it; signals are given back."""
+    for name in ("base", "data"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # One thread, as conftest.py says: on a busy machine tiny tensors wait for the others' turn.
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
