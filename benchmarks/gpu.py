@@ -1,7 +1,7 @@
 """The parts of gpu.sh that have no module of their own.
 
     python -m fusedit.benchmarks.gpu ceilings --out DIR   # what the card does at best, as found
-    python -m fusedit.benchmarks.gpu tests --out DIR      # tests/kernels on the real device
+    python -m fusedit.benchmarks.gpu tests --out DIR      # TESTS on the real device
     python -m fusedit.benchmarks.gpu checks --out DIR     # every op compiled, captured, run twice
 
 Each writes DIR/PART.json. Exit codes: 0 done, 1 something failed, 2 a mistake in the flags.
@@ -28,6 +28,8 @@ from .ops import OPS, Case, cases
 from .shapes import TEXT_TOKENS
 from .timing import Timer, ceilings
 
+TRAINER_TESTS = ("captured", "compiled", "masters", "no_sync")
+TESTS = ("tests/kernels", *(f"tests/trainer/test_{name}.py" for name in TRAINER_TESTS))
 PYTEST_PROCESSES = 6  # each compiles the kernels it meets; compiling is most of the time
 PRESET, BATCH = "sd15-256", 2  # of the checks
 BARS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of compiled against eager, over the largest
@@ -60,10 +62,10 @@ def find_ceilings(record: Record, flags: argparse.Namespace) -> None:
 
 
 def run_tests(record: Record, flags: argparse.Namespace) -> None:
-    """pytest tests/kernels, with a row for the sum and one for each test that failed."""
+    """pytest, with a row for the sum and one for each test that failed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "--timeout=120"]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "--timeout=120"]
         command += ["-n", str(PYTEST_PROCESSES)] if find_spec("xdist") else []
         command += [f"--junitxml={results}", "--tb=short", "-p", "no:cacheprovider"]
         try:

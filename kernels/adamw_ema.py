@@ -5,7 +5,7 @@ What a step moves: see adamw_ema_kernels. Off the GPU the definition runs, one t
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .chunks import (
     Tables,
     addresses,
     check_averages,
+    check_copies,
     check_parameter,
     check_row,
     tables,
@@ -35,6 +36,13 @@ LEFT_TO_TORCH = {"foreach": None, "capturable": False, "fused": None}
 DECOUPLED = {"decoupled_weight_decay": True}
 
 
+class Current(NamedTuple):
+    """Where all tensors of a step lie, found once for its norm and its update."""
+
+    rows: list[Row]
+    tables: Tables
+
+
 class AdamWEma(torch.optim.Optimizer):
     """torch.optim.AdamW with averages of the parameters, and masters of low-precision ones.
 
@@ -49,6 +57,8 @@ class AdamWEma(torch.optim.Optimizer):
         params: parameters, named parameters or groups, as torch.optim.AdamW takes; all given now.
         emas: averages to move with the parameters; each a sequence of fp32 tensors, one for each
             parameter in order, of its shape and strides. They stay the caller's.
+        copies: bf16 or fp16 tensors to write the parameters to, for masters that the caller keeps;
+            one for each, which must be fp32, of its shape and strides.
         ema_decays: what `step` moves each of them by; `update` takes weights of its own.
         max_norm: global L2 norm that `step` clips to, and it skips a step that is not finite; None
             for neither.
@@ -69,6 +79,7 @@ class AdamWEma(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         emas: Sequence[Sequence[Tensor]] = (),
+        copies: Sequence[Tensor] | None = None,
         ema_decays: Sequence[float] | None = None,
         max_norm: float | None = None,
         moments_dtype: torch.dtype = torch.float32,
@@ -94,6 +105,9 @@ class AdamWEma(torch.optim.Optimizer):
         self.averages = [tuple(of_one) for of_one in zip(*emas, strict=True)]
         self.averages = self.averages or [()] * len(self.parameters)
         check_averages(self.parameters, self.averages)
+        self.copies = None if copies is None else [copy.detach() for copy in copies]
+        if self.copies is not None:
+            check_copies(self.parameters, self.copies)
         self._make_state()
         self.ema_weights = torch.tensor([1 - d for d in ema_decays or ()], device=self.device)
         self.ema_decays = ema_decays
@@ -143,15 +157,23 @@ class AdamWEma(torch.optim.Optimizer):
                     f"{OP}: {name} must be 0 or more, betas below 1, got {group[name]}"
                 )
 
-    @torch.no_grad()
-    def grad_norm(self) -> Tensor:
-        """[] fp32, the L2 norm of all gradients as they lie, by sums in a fixed order."""
+    def current(self) -> Current:
+        """Looks every address up, which is the host's share of a step."""
         with self._on_device():
-            return self._grad_norm(*self._current())
+            rows = self._rows()
+            return Current(rows, self._tables_of(rows))
 
-    def _grad_norm(self, rows: list[Row], tables: Tables) -> Tensor:
+    @torch.no_grad()
+    def grad_norm(self, current: Current | None = None) -> Tensor:
+        """[] fp32, the L2 norm of all gradients as they lie, by sums in a fixed order.
+
+        Args:
+            current: of the gradients as they are now; None looks them up.
+        """
+        rows, tables = current or self.current()
         if runs_triton(self.counts):
-            return grad_norm(tables)
+            with self._on_device():
+                return grad_norm(tables)
         grads = [row.grad for row in rows if row.grad is not None and row.grad.numel()]
         return grad_norm_reference(grads) if grads else torch.zeros((), device=self.device)
 
@@ -162,6 +184,7 @@ class AdamWEma(torch.optim.Optimizer):
         grad_factor: Tensor,
         applies: Tensor,
         ema_weights: Tensor | None = None,
+        current: Current | None = None,
     ) -> None:
         """Moves parameters, moments, counts and averages; the device alone decides whether.
 
@@ -171,6 +194,7 @@ class AdamWEma(torch.optim.Optimizer):
             grad_factor: [] fp32; clipping, loss scale and sample count in one.
             applies: [] bool; False leaves every bit of everything, whatever the gradients are.
             ema_weights: [emas] fp32; 1 - decay of each.
+            current: as for `grad_norm`.
 
         Raises: ValueError, if a gradient's strides are not its parameter's, or a tensor's shape,
             dtype or device is another than it must be.
@@ -181,34 +205,19 @@ class AdamWEma(torch.optim.Optimizer):
         self._check("grad_factor", grad_factor, (), torch.float32)
         self._check("applies", applies, (), torch.bool)
         self._check("ema_weights", ema_weights, (count,), torch.float32)
+        rows, tables = current or self.current()
         with self._on_device():
-            self._update(*self._current(), lr, grad_factor, applies, ema_weights)
-
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device, and only it tells of a capture."""
-        on_gpu = self.device.type == "cuda"
-        return torch.cuda.device(self.device) if on_gpu else nullcontext()
-
-    def _update(
-        self,
-        rows: list[Row],
-        tables: Tables,
-        lr: float | Tensor | None,
-        grad_factor: Tensor,
-        applies: Tensor,
-        ema_weights: Tensor,
-    ) -> None:
-        self._write_lr(lr)
-        self._write_settings()
-        self.counts.add_(tables.has_grad * applies)
-        settings = self.settings[:, self.group_of]
-        scalars = adamw_scalars(self.counts, self.lr[self.group_of], settings)
-        if runs_triton(self.counts):
-            update(
-                tables, self.counts, scalars, self.key, grad_factor, applies,
-                ema_weights.contiguous(), self.moments_dtype,
-            )  # fmt: skip
-            return
+            self._write_lr(lr)
+            self._write_settings()
+            self.counts.add_(tables.has_grad * applies)
+            settings = self.settings[:, self.group_of]
+            scalars = adamw_scalars(self.counts, self.lr[self.group_of], settings)
+            if runs_triton(self.counts):
+                update(
+                    tables, self.counts, scalars, self.key, grad_factor, applies,
+                    ema_weights.contiguous(), self.moments_dtype,
+                )  # fmt: skip
+                return
         draw = 0
         for row, step, of_row in zip(rows, self.counts, scalars, strict=True):
             halves, size = None, row.parameter.numel()
@@ -216,6 +225,11 @@ class AdamWEma(torch.optim.Optimizer):
                 halves = halves_reference(size, draw, step, self.seed, self.purpose)
             adamw_ema_reference(row, of_row, grad_factor, applies, ema_weights, halves)
             draw += -(-size // PER_DRAW)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device, and only it tells of a capture."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if on_gpu else nullcontext()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clips and checks where `max_norm` is given, then updates by the groups' own lr.
@@ -228,15 +242,12 @@ class AdamWEma(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._on_device(), torch.no_grad():
-            # Found once for both: the host's share of a step is to look every address up.
-            rows, tables = self._current()
-            factor, applies = self.one, self.always
-            if self.max_norm is not None:
-                norm = self._grad_norm(rows, tables)
-                factor = (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-                applies = norm.isfinite()
-            self._update(rows, tables, None, factor, applies, self.ema_weights)
+        current, factor, applies = self.current(), self.one, self.always
+        if self.max_norm is not None:
+            norm = self.grad_norm(current)
+            factor = (self.max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
+            applies = norm.isfinite()
+        self.update(None, factor, applies, self.ema_weights, current)
         return loss
 
     @torch.no_grad()
@@ -273,26 +284,15 @@ class AdamWEma(torch.optim.Optimizer):
                 else:
                     tensor.zero_()
 
-    def _current(self) -> tuple[list[Row], Tables]:
-        """All tensors as they are now, and the tables of them."""
-        rows = self._rows()
-        return rows, self._tables_of(rows)
-
     def _rows(self) -> list[Row]:
         rows = []
-        for parameter, averages in zip(self.parameters, self.averages, strict=True):
-            state, parameter_ = self.state[parameter], parameter.detach()
-            master = state.get("master")
-            rows.append(
-                Row(
-                    parameter.grad,
-                    parameter_ if master is None else master,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    None if master is None else parameter_,
-                    averages,
-                )
-            )
+        copies = self.copies or [None] * len(self.parameters)
+        for parameter, copy, averages in zip(self.parameters, copies, self.averages, strict=True):
+            state, moved = self.state[parameter], parameter.detach()
+            if "master" in state:
+                moved, copy = state["master"], moved
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            rows.append(Row(parameter.grad, moved, *moments, copy, averages))
         return rows
 
     def _tables_of(self, rows: list[Row]) -> Tables:

@@ -172,6 +172,21 @@ def check_averages(parameters: list[Tensor], averages: list[tuple[Tensor, ...]])
                 )
 
 
+def check_copies(parameters: list[Tensor], copies: list[Tensor]) -> None:
+    """Raises ValueError for a copy that cannot take its parameter's values in one pass."""
+    if len(copies) != len(parameters):
+        raise ValueError(f"{OP}: {len(parameters)} parameters, but {len(copies)} copies")
+    for parameter, copy in zip(parameters, copies, strict=True):
+        low = parameter.dtype == torch.float32 and copy.dtype in (torch.bfloat16, torch.float16)
+        same = low and copy.device == parameter.device and copy.shape == parameter.shape
+        if not same or _order(copy) != _order(parameter):
+            raise ValueError(
+                f"{OP}: a copy must be bf16 or fp16, of an fp32 parameter, shaped, laid out and "
+                f"placed as it, {list(parameter.shape)} with strides {list(parameter.stride())}, "
+                f"got {copy.dtype} {list(copy.shape)} {list(copy.stride())}"
+            )
+
+
 def check_row(row: Row) -> None:
     """Raises ValueError or TypeError for a gradient that is not laid out as its parameter."""
     grad, parameter = row.grad, row.parameter

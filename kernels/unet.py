@@ -139,8 +139,9 @@ def _sites(name: str, module: nn.Module) -> Iterator[Site]:
         classes, why_not = [(module, FusedResnetBlock)], _resnet_block_why_not(module)
         yield Site("group_norm", _under(prefix, parts), classes, why_not)
     elif type(module) is Transformer2DModel and module.is_input_continuous:
-        classes, why_not = [(module.norm, FusedGroupNorm)], _norm_why_not(module.norm)
-        yield Site("group_norm", {f"{prefix}norm": "GroupNorm"}, classes, why_not)
+        classes = [(module.norm, FusedGroupNorm), (module, FusedTransformer)]
+        parts, why_not = {f"{prefix}norm": "GroupNorm"}, _norm_why_not(module.norm)
+        yield Site("group_norm", parts, classes, why_not)
     elif type(module) is BasicTransformerBlock:
         parts = {"norm1": "LayerNorm"} | dict.fromkeys(("norm2", "norm3"), "residual + LayerNorm")
         classes, why_not = [(module, FusedTransformerBlock)], _transformer_block_why_not(module)
@@ -230,6 +231,25 @@ class FusedResnetBlock(Fused, ResnetBlock2D):
         hidden = input_tensor + hidden
         # Nearly always by 1, which would be a pass over memory for nothing.
         return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+
+
+class FusedTransformer(Fused, Transformer2DModel):
+    """Tokens become an image again where they lie, which is channels_last; diffusers copies."""
+
+    plain = Transformer2DModel
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int,
+        inner_dim: int,
+    ) -> Tensor:  # fmt: skip
+        if self.plain_here():
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return (image if self.use_linear_projection else self.proj_out(image)) + residual
 
 
 class FusedGroupNorm(Fused, nn.GroupNorm):

@@ -2,6 +2,7 @@
 
     fusedit train [--nproc_per_node N] FLAGS   torchrun on this machine's devices
     fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
+    fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
     fusedit demo                               the whole job on a drawn world, in minutes
     fusedit COMMAND --help                     tells more
@@ -29,6 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     # Each command imports what it needs when it is called: torch and diffusers take seconds.
     if command in ("train", "cache"):
         return on_all_devices(command, rest)
+    if command == "plan":
+        from . import plan
+
+        return plan.main(rest)
     if command == "edit":
         from . import edit
 

@@ -18,7 +18,8 @@ class TrainFlags:
 
     Flags are those of diffusers' train_instruct_pix2pix.py; "ours" marks those it does not have.
     `fusedit train` also takes --nproc_per_node N and --master_port P for torchrun. `fusedit cache`
-    takes the same flags, fills --cache_latents and trains nothing.
+    takes the same flags, fills --cache_latents and trains nothing; `fusedit plan` takes them too,
+    with --gpu TYPE and --json, and says what the run will take.
     """
 
     run: Annotated[RunConfig, tyro.conf.OmitArgPrefixes]

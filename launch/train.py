@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
         if flags.local_rank >= 0 and rank == 0:
             print("--local_rank is ignored: torchrun's LOCAL_RANK is used", file=sys.stderr)
         # Seconds of imports, not needed to refuse a flag.
-        from ..trainer.run import Ended, build_cache, train
+        from ..trainer.caching import build_cache
+        from ..trainer.run import train
 
         quiet_libraries()
         signals = StopSignals()
@@ -111,10 +112,10 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
         world.start()
         told = {"stop_requested": signals.requested, "dry_run": flags.dry_run}
         if cache_only:
-            ended = build_cache(flags.run, world, **told)
+            done = build_cache(flags.run, world, **told)
         else:
             command = shlex.join([*starter(world), *argv])
-            ended = train(flags.run, world, command=command, **told)
+            done = train(flags.run, world, command=command, **told)
         world.stop()
     except UsageError as error:  # on all ranks alike, so all leave; after a bug others may wait
         if rank == 0:
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
             file=sys.stderr,
         )
         return MISTAKE
-    return DONE if ended is Ended.DONE else STOPPED
+    return DONE if done else STOPPED
 
 
 if __name__ == "__main__":

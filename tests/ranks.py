@@ -24,7 +24,7 @@ class Ranks:
 
     def __init__(self, size: int, flags: list[str], log: Path, threads: int = 1) -> None:
         self.log = log
-        port = _free_port()
+        port = free_port()
         self.processes = [
             _context.Process(target=_rank, args=(rank, size, port, flags, str(log), threads))
             for rank in range(size)
@@ -72,6 +72,8 @@ def _rank(rank: int, size: int, port: int, flags: list[str], log: str, threads: 
 
     from fusedit.launch import train
 
+    # The launcher shares out the cores it may run on.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: threads * size])
     torch.set_num_threads(threads)
     with (
         open(log, "a", buffering=1) as file,
@@ -83,7 +85,7 @@ def _rank(rank: int, size: int, port: int, flags: list[str], log: str, threads: 
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]

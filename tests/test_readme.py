@@ -14,6 +14,7 @@ from fusedit.launch.demo.run import DemoFlags
 from fusedit.launch.edit import EditFlags
 from fusedit.launch.flags import TrainFlags, parse
 from fusedit.trainer.config import RunConfig
+from fusedit.trainer.gpus import GPUS
 from fusedit.trainer.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(p
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {field.name for cls in (EditFlags, DemoFlags) for field in dataclasses.fields(cls)}
 OTHER_FLAGS |= {"compare", "tune", "quick", "write"}  # of benchmarks, whose own tests hold them
+OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan
 
 
 def blocks(language: str) -> list[str]:
@@ -50,6 +52,9 @@ def check_command(words: list[str]) -> None:
         case ["fusedit", "train", "--help"]:
             pass
         case ["fusedit", "train" | "cache", *flags]:
+            check_train(flags)
+        case ["fusedit", "plan", "--gpu", gpu, *flags]:
+            assert gpu in GPUS
             check_train(flags)
         case ["torchrun", *rest]:
             arguments = parse_torchrun(rest)

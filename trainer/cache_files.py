@@ -25,8 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config import DataConfig
 from .errors import UsageError
 from .files import cannot_write, differs, write_tensors, write_text
+from .pretrained import Described
 
 MANIFEST = "manifest.json"
 Kind = Literal["pairs", "texts"]
@@ -57,6 +59,20 @@ class Shape(NamedTuple):
     @property
     def text_bytes(self) -> int:
         return torch.Size(self.text).numel() * self.dtype.itemsize
+
+
+def shape_of(
+    section: DataConfig, described: Described, text_width: int, dtype: torch.dtype
+) -> Shape:
+    """What a run's cache keeps."""
+    side = section.resolution // described.vae_factor
+    return Shape(
+        mirrors=2 if section.random_flip else 1,
+        crops=section.cache_crops or 1,
+        latent=(described.vae.get("latent_channels", 4), side, side),
+        text=(described.tokenizer.model_max_length, text_width),
+        dtype=dtype,
+    )
 
 
 class CacheFolder:

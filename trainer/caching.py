@@ -1,5 +1,6 @@
 """The cache of a run: found by its key, filled with what is wanting, checked, and opened."""
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -10,20 +11,49 @@ import torch
 
 from .cache import CachedPairs
 from .cache_build import Build, missing_texts, missing_units, wanted_units
-from .cache_files import CacheFolder, Shape
+from .cache_files import CacheFolder, shape_of
 from .cache_key import key_of, key_parts
 from .cache_remote import Remote, is_url
+from .config import RunConfig
 from .data import Order, make_tokenize
 from .encoders import Encoders
 from .errors import UsageError
 from .log import Progress
-from .plan import Plan
+from .plan import Plan, make_plan, set_numerics
 from .pretrained import load_encoders
 from .world import World
 
 TOLD_EVERY_S = 10.0  # between two lines of progress
 LOCK_EVERY_S = 1.0  # between two looks whether another run has ended its build
 UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def build_cache(
+    config: RunConfig,
+    world: World,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    dry_run: bool = False,
+) -> bool:
+    """Encodes what --cache_latents lacks for a run of these settings; trains nothing.
+
+    Args:
+        dry_run: says what is wanting, and writes nothing.
+
+    Returns: whether it came to its end, not stopped before.
+
+    Raises: UsageError, on all ranks alike.
+    """
+    config.check_complete()
+    # What another run left in --output_dir does not matter, and is not touched.
+    output = dataclasses.replace(config.output, overwrite=True, resume_from_checkpoint=None)
+    with world.together():
+        plan = make_plan(dataclasses.replace(config, output=output), world)
+        if plan.config.data.cache_latents is None:
+            raise UsageError("--cache_latents is missing: the folder or URL to write the cache to")
+    world.check_same(plan.facts(), "all machines must see the same dataset")
+    set_numerics(plan.config.precision)
+    return open_cache(plan, world, stop_requested, dry_run=dry_run) is not None or dry_run
 
 
 def open_cache(
@@ -91,10 +121,12 @@ class Filling:
                 plan.described.tokenizer,
                 plan.dtype,
             )
+            width = self.text_encoder.config.hidden_size
+            shape = shape_of(self.data, plan.described, width, plan.dtype)
             root = plan.output / "cache" if is_url(where) else Path(where).expanduser()
             if root.exists() and not root.is_dir():
                 raise UsageError(f"--cache_latents {root} is a file; give a folder")
-            self.cache = CacheFolder(root / key_of(parts), parts, self._shape())
+            self.cache = CacheFolder(root / key_of(parts), parts, shape)
             self.remote = Remote(where, self.cache) if is_url(where) else None
         same = {"encoders": int(key_of(parts)[:15], 16)}
         self.world.check_same(same, "all machines must see the same model and versions")
@@ -194,17 +226,6 @@ class Filling:
     def _written(self, name: str) -> None:
         if self.remote is not None:
             self.remote.send([name])
-
-    def _shape(self) -> Shape:
-        described = self.plan.described
-        side = self.data.resolution // described.vae_factor
-        return Shape(
-            mirrors=2 if self.data.random_flip else 1,
-            crops=self.data.cache_crops or 1,
-            latent=(described.vae.get("latent_channels", 4), side, side),
-            text=(described.tokenizer.model_max_length, self.text_encoder.config.hidden_size),
-            dtype=self.plan.dtype,
-        )
 
     def _lock(self, stop_requested: Callable[[], bool]) -> bool:
         """Waits for another run that is building the same cache; False when asked to stop."""

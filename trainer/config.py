@@ -5,7 +5,7 @@ command lines run unchanged; flags it does not have are marked "ours". A comment
 its help text on the command line.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import UsageError
@@ -14,6 +14,8 @@ LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Format = Literal["fp32", "bf16"]
+CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -60,7 +62,7 @@ class DataConfig:
     interpolation: Interpolation = "bicubic"  # ours: of the resize of the short side
     center_crop: bool = False  # crop the middle instead of a random place
     random_flip: bool = False  # mirror half of the pairs, decided for each pair
-    cache_latents: str | None = None  # ours: folder or URL of encodings, made once, trained from
+    cache_latents: str | None = None  # ours: folder or URL of encodings, trained from; off: none
     cache_crops: int | None = None  # ours: random crops of each pair that --cache_latents keeps
 
     def __post_init__(self) -> None:
@@ -80,20 +82,39 @@ class DataConfig:
 
     def check_cache(self) -> None:
         """Raises UsageError when a cache cannot serve what is asked for."""
-        if self.cache_crops is not None and self.cache_latents is None:
-            raise UsageError(
-                f"--cache_crops {self.cache_crops} needs --cache_latents DIR, where they are kept"
-            )
         if self.cache_crops is not None and self.one_crop:
             raise UsageError(
                 f"--cache_crops {self.cache_crops}: with --center_crop there is one crop; leave "
                 "out one of them"
             )
-        if self.cache_latents is not None and self.cache_crops is None and not self.one_crop:
+        if self.cache_crops is not None and self.cache_latents == CACHE_OFF:
+            raise UsageError(
+                f"--cache_crops {self.cache_crops} is not --cache_latents off: leave out one"
+            )
+        wanted = self.cache_latents not in (None, CACHE_OFF)
+        if wanted and self.cache_crops is None and not self.one_crop:
             raise UsageError(
                 f"--cache_latents {self.cache_latents} cannot keep every random crop: "
                 "--cache_crops 4 keeps 4 of each pair, --center_crop without --max_resize has one"
             )
+
+    def with_cache(self, default: str | None) -> "DataConfig":
+        """With the folder or URL of its cache, or None where it has none.
+
+        Args:
+            default: where the cache goes that was not asked for, if all crops can be kept.
+
+        Raises: UsageError: crops are to be kept, and nowhere.
+        """
+        where = self.cache_latents
+        if where is None and (self.one_crop or self.cache_crops is not None):
+            where = default
+        where = None if where == CACHE_OFF else where
+        if self.cache_crops is not None and where is None:
+            raise UsageError(
+                f"--cache_crops {self.cache_crops} needs --cache_latents DIR, where they are kept"
+            )
+        return replace(self, cache_latents=where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +153,7 @@ class OptimConfig:
     lr_scheduler: LrScheduler = "constant"  # counted in optimizer steps
     lr_warmup_steps: int = 500  # optimizer steps; "constant" has no warm-up whatever this says
     use_8bit_adam: bool = False  # AdamW with 8-bit moments (pip install fusedit[8bit]; needs a GPU)
+    adam_moments_dtype: Format = "fp32"  # ours: bf16 rounds by chance, right on average
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
@@ -153,6 +175,11 @@ class OptimConfig:
             raise UsageError(
                 f"--max_grad_norm must be above 0, got {self.max_grad_norm}; inf turns clipping off"
             )
+        if self.use_8bit_adam and self.adam_moments_dtype != "fp32":
+            raise UsageError(
+                f"--adam_moments_dtype {self.adam_moments_dtype} is not --use_8bit_adam: leave out "
+                "one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +190,7 @@ class LoopConfig:
     gradient_accumulation_steps: int = 1  # micro-steps of each rank in one optimizer step
     num_train_epochs: int = 100  # passes over the data, unless --max_train_steps is given
     max_train_steps: int | None = None  # optimizer steps; overrides --num_train_epochs
+    bucket_mb: int = 100  # ours: MB of gradients that ranks exchange at once, beside the backward
     seed: int = 0  # every draw is a function of it and of the sample's position
 
     def __post_init__(self) -> None:
@@ -170,6 +198,7 @@ class LoopConfig:
         _at_least("gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         _at_least("num_train_epochs", self.num_train_epochs, 1)
         _at_least("max_train_steps", self.max_train_steps, 1)
+        _at_least("bucket_mb", self.bucket_mb, 1)
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed must be from 0 to 2**64 - 1, got {self.seed}")
 
@@ -178,6 +207,7 @@ class LoopConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * ranks
 
 
+Switch = Literal["auto", "on", "off"]
 # Fastest as measured; our kernels; PyTorch's own choice; cuDNN's and flash through PyTorch.
 Attention = Literal["auto", "triton", "sdpa", "cudnn", "flash"]
 Compile = Literal["auto", "off", "blocks", "whole"]  # each transformer block, or the whole UNet
@@ -190,12 +220,15 @@ class PrecisionConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = (
         None  # default: bf16 on a GPU, no on CPU
     )
+    param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
+    all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
     enable_xformers_memory_efficient_attention: bool = False  # no effect: see --attention
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
     compile: Compile = "auto"  # ours: torch.compile of the UNet; auto is blocks on a GPU, else off
+    cuda_graphs: Switch = "auto"  # ours: an update as one CUDA graph; auto: where there is a GPU
     plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
 
     def __post_init__(self) -> None:
@@ -205,6 +238,8 @@ class PrecisionConfig:
             )
         if self.plain and self.compile not in ("auto", "off"):
             raise UsageError(f"--compile {self.compile} is not --plain: leave out one")
+        if self.plain and self.cuda_graphs == "on":
+            raise UsageError("--cuda_graphs on is not --plain: leave out one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

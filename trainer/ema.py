@@ -1,6 +1,6 @@
 """An averaged copy of the weights, fp32, kept by name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,19 @@ class Ema:
 
     Source: the warm-up min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ... is that of the
     LitEma class InstructPix2Pix was trained with.
+
+    Args:
+        named: fp32; masters, where the UNet's own weights are copies.
+        publish: called after parameters and averages were exchanged: writes the copies.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
-        self.parameters = dict(named)
-        self.decay = decay
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        decay: float,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.parameters, self.decay, self.publish = dict(named), decay, publish
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def weight(self, n: int) -> float:
@@ -26,13 +34,14 @@ class Ema:
         return 1.0 - min(self.decay, (1 + n) / (10 + n))
 
     @torch.no_grad()
-    def update(self, n: int, applies: Tensor) -> None:
-        """Moves the averages to the parameters after optimizer step n, counted from 1.
+    def update(self, weight: Tensor, applies: Tensor) -> None:
+        """Moves the averages to the parameters after an optimizer step.
 
         Args:
+            weight: [] fp64, of `weight`.
             applies: [] bool; False leaves the averages as they are, decided on the device.
         """
-        weight = self.weight(n) * applies.float()
+        weight = weight.float() * applies
         averages = list(self.averages.values())
         parameters: list[Tensor] = list(self.parameters.values())
         for start in range(0, len(averages), TOGETHER):
@@ -54,6 +63,7 @@ class Ema:
     def _exchange(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data, self.averages[name] = self.averages[name], parameter.data
+        self.publish()
 
     def load_state(self, averages: dict[str, Tensor]) -> None:
         for name, average in averages.items():

@@ -4,6 +4,7 @@ Source: Brooks et al. 2023 (arXiv:2211.09800), section 3.2: the target is a samp
 posterior, the condition its mode. Both images of a pair go through the VAE in one batch.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,32 @@ class Encoders:
             positions=batch.positions.to(self.device, non_blocking=True),
             weights=batch.weights.to(self.device, non_blocking=True),
         )
+
+
+class SideStream:
+    """Makes the samples of the next update while the device is still busy with the current one.
+
+    The host runs ahead of the device, so a stream of their own is all it takes. On a CPU there is
+    none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the encoders' weights
+
+    def __call__(self, make: Callable[[], list[Samples]]) -> list[Samples]:
+        if self.stream is None:
+            return make()
+        current = torch.cuda.current_stream(self.stream.device)
+        with torch.cuda.stream(self.stream):
+            made = make()
+        current.wait_stream(self.stream)
+        for samples in made:
+            for tensor in samples:
+                tensor.record_stream(current)  # its memory is not given away before it was read
+        return made
 
 
 def _frozen(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,16 +1,20 @@
 """AdamW, clipping, averages and the schedule: one update decided on the device, state by name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from ..kernels.adamw_ema import AdamWEma
+from ..kernels.adamw_ema import AdamWEma, Current
 from .config import OptimConfig
+from .draws import Purpose
 from .ema import Ema
 from .errors import UsageError
+from .masters import Masters
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
@@ -24,10 +28,22 @@ def schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Cal
 
 
 def make_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], section: OptimConfig, ema: Ema | None, *, fused: bool
+    named: Mapping[str, nn.Parameter],
+    section: OptimConfig,
+    ema: Ema | None,
+    masters: Masters | None = None,
+    *,
+    fused: bool,
+    seed: int = 0,
 ) -> "AdamW":
-    """The one-pass kernel where fused ops are wanted; with 8-bit moments, and else, PyTorch's."""
-    return (OnePass if fused and not section.use_8bit_adam else AdamW)(named, section, ema)
+    """The one-pass kernel where fused ops or bf16 moments are wanted; else PyTorch's.
+
+    Args:
+        named: what is moved: the masters where there are some.
+        seed: of the rounding of bf16 moments.
+    """
+    one_pass = section.adam_moments_dtype == "bf16" or (fused and not section.use_8bit_adam)
+    return (OnePass if one_pass else AdamW)(named, section, ema, masters, seed)
 
 
 class AdamW:
@@ -37,17 +53,21 @@ class AdamW:
 
     Args:
         ema: averages of the same parameters, moved with them.
+        masters: whose copies are written after each update.
 
     Raises: UsageError: 8-bit moments were asked for where bitsandbytes cannot serve them.
     """
 
     def __init__(
         self,
-        named: Iterable[tuple[str, nn.Parameter]],
+        named: Mapping[str, nn.Parameter],
         section: OptimConfig,
         ema: Ema | None = None,
+        masters: Masters | None = None,
+        seed: int = 0,
     ) -> None:
-        self.parameters, self.ema = dict(named), ema
+        self.parameters, self.ema, self.masters = dict(named), ema, masters
+        self.moments_dtype, self.seed = section.adam_moments_dtype, seed
         self.eight_bit = section.use_8bit_adam
         self.optimizer: torch.optim.Optimizer = self._make(
             {
@@ -67,16 +87,25 @@ class AdamW:
         lr = torch.zeros((), device=device)  # a tensor: changing it does not wait
         return torch.optim.AdamW(self.parameters.values(), lr=lr, fused=True, **settings)
 
+    def take_gradients(self, *, last: bool) -> None:
+        """After each backward: masters add up what the micro-step gave.
+
+        Args:
+            last: of its window; ranks have told each other of it.
+        """
+        if self.masters is not None:
+            self.masters.take_gradients(last=last)
+
     def grad_norm(self) -> Tensor:
         """[] fp32, the L2 norm of all gradients as they lie."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         return nn.utils.get_total_norm(grads)
 
-    def update(self, number: int, lr: float, grad_factor: Tensor, applies: Tensor) -> None:
-        """Moves the parameters by the gradients times a factor, then the averages.
+    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+        """Moves the parameters by the gradients times a factor, then the averages and copies.
 
         Args:
-            number: of this optimizer step, from 1.
+            lr: [] fp64, as is ema_weight, how far the averages move.
             grad_factor: [] fp32; clipping, loss scale and sample count in one.
             applies: [] bool; False leaves parameters, moments, count and averages as they are.
         """
@@ -84,17 +113,19 @@ class AdamW:
         if self.eight_bit:
             if not applies.item():  # bitsandbytes decides on the host: this one waits
                 return
-            group["lr"] = lr
+            group["lr"] = float(lr)
             for parameter in self.parameters.values():
                 parameter.grad.mul_(grad_factor)  # pyright: ignore
         else:
-            group["lr"].fill_(lr)
+            group["lr"].copy_(lr)
             # PyTorch's fused step takes both from these two, as its own GradScaler hands them.
             self.optimizer.grad_scale = grad_factor.reciprocal()  # pyright: ignore
             self.optimizer.found_inf = (~applies).float()  # pyright: ignore
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(number, applies)
+            self.ema.update(ema_weight, applies)
+        if self.masters is not None:
+            self.masters.publish()
 
     def zero_grad(self) -> None:
         # Not to None: DDP's buckets hold the gradients, and accumulation would need a second copy.
@@ -127,20 +158,28 @@ class OnePass(AdamW):
     """The same by `kernels/adamw_ema.py`: norm in one pass, all that moves in another."""
 
     def _make(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
-        averages = (
-            [] if self.ema is None else [[self.ema.averages[name] for name in self.parameters]]
+        names = list(self.parameters)
+        self.one_pass = AdamWEma(
+            self.parameters.values(),
+            lr=0.0,
+            emas=[] if self.ema is None else [[self.ema.averages[name] for name in names]],
+            copies=None if self.masters is None else [self.masters.copies[name] for name in names],
+            moments_dtype=MOMENTS[self.moments_dtype],
+            seed=self.seed,
+            purpose=Purpose.ROUNDING,
+            **settings,
         )
-        self.one_pass = AdamWEma(self.parameters.values(), lr=0.0, emas=averages, **settings)
+        self.current: Current | None = None  # found by grad_norm, for update
         return self.one_pass
 
     def grad_norm(self) -> Tensor:
-        return self.one_pass.grad_norm()
+        self.current = self.one_pass.current()
+        return self.one_pass.grad_norm(self.current)
 
-    def update(self, number: int, lr: float, grad_factor: Tensor, applies: Tensor) -> None:
-        weights = None
-        if self.ema is not None:
-            weights = torch.full((1,), self.ema.weight(number), device=grad_factor.device)
-        self.one_pass.update(lr, grad_factor, applies, weights)
+    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+        current, self.current = self.current, None
+        weights = None if self.ema is None else ema_weight.float()[None]
+        self.one_pass.update(lr, grad_factor, applies, weights, current)
 
     def state(self) -> dict[str, Tensor]:
         # The counts are places in one tensor, and safetensors takes no shares.

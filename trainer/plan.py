@@ -84,8 +84,9 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     Raises: UsageError: something does not fit; the message names the flag and the cure.
     """
     config.check_complete()
+    asked = config.data.cache_latents
     config = _with_machine_defaults(config, world)
-    notes = _notes(config, on_gpu=world.device.type == "cuda")
+    notes = _notes(config, asked, on_gpu=world.device.type == "cuda")
     check_trackers(config.output.trackers)
     _check_output(config.output)
     if config.optim.use_8bit_adam:
@@ -119,6 +120,13 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         validation_image=_validation_image(config),
         notes=(*notes, *passed_over),
     )
+
+
+def set_numerics(section: PrecisionConfig) -> None:
+    """What PyTorch keeps for the whole process."""
+    torch.backends.cuda.matmul.allow_tf32 = section.allow_tf32
+    torch.use_deterministic_algorithms(section.deterministic)
+    torch.backends.cudnn.benchmark = not section.deterministic
 
 
 def claim_output(plan: Plan) -> None:
@@ -167,6 +175,25 @@ def _check_attention(section: PrecisionConfig, precision: str, on_gpu: bool) -> 
         raise UsageError(f"{flag} is not --deterministic; with that take auto, triton or flash")
 
 
+def _check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
+    section = config.precision
+    if section.param_dtype == "bf16" and precision != "bf16":
+        raise UsageError(
+            f"--param_dtype bf16 needs --mixed_precision bf16, got {precision}; or leave it out"
+        )
+    if section.cuda_graphs == "on" and not on_gpu:
+        raise UsageError("--cuda_graphs on needs a GPU; on a CPU take auto")
+    if section.cuda_graphs == "on" and config.optim.use_8bit_adam:
+        raise UsageError(
+            "--cuda_graphs on is not --use_8bit_adam, whose step waits for the host: take auto"
+        )
+
+
+def default_cache(config: RunConfig) -> str | None:
+    """Where a run on a GPU keeps encodings, unless told otherwise."""
+    return None if config.precision.plain else str(Path(config.output.output_dir, "cache"))
+
+
 def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     precision = config.precision.mixed_precision
     on_gpu = world.device.type == "cuda"
@@ -176,11 +203,14 @@ def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     if precision == "fp16" and not on_gpu:
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
     _check_attention(config.precision, precision, on_gpu)
+    _check_precision(config, precision, on_gpu)
+    default = default_cache(config) if on_gpu else None
     report_to = config.output.report_to
     if "all" in report_to.split(","):  # those that are installed
         report_to = ",".join(name for name in TRACKERS if is_installed(name))
     return dataclasses.replace(
         config,
+        data=config.data.with_cache(default),
         precision=dataclasses.replace(config.precision, mixed_precision=precision),
         output=dataclasses.replace(config.output, report_to=report_to),
     )
@@ -197,9 +227,9 @@ def _validation_image(config: RunConfig) -> Image.Image | None:
     return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
 
 
-def _notes(config: RunConfig, on_gpu: bool) -> list[str]:
+def _notes(config: RunConfig, asked_cache: str | None, on_gpu: bool) -> list[str]:
     notes = []
-    if on_gpu and config.data.cache_latents is None:
+    if on_gpu and config.data.cache_latents is None and asked_cache is None:
         crops = "" if config.data.one_crop else " --cache_crops 4 (or --center_crop)"
         notes.append(
             "every epoch encodes every image again, about half of the work of a step: "

@@ -20,6 +20,7 @@ MAY_CHANGE = frozenset(
         "loop.gradient_accumulation_steps",
         "loop.num_train_epochs",
         "loop.max_train_steps",
+        "loop.bucket_mb",
         "model.cache_dir",
         "data.on_bad_sample",
         "data.cache_latents",  # --cache_crops may not: they are other samples
@@ -28,6 +29,7 @@ MAY_CHANGE = frozenset(
         "precision.gradient_checkpointing",
         "precision.attention",
         "precision.compile",
+        "precision.cuda_graphs",
         "precision.plain",
         "precision.enable_xformers_memory_efficient_attention",
         *(f"validation.{f.name}" for f in dataclasses.fields(ValidationConfig)),

@@ -1,6 +1,6 @@
 """One optimizer update: micro-batches in, parameters moved, numbers to log out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -8,12 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..kernels.chunks import upload
 from .encoders import Samples
 from .optim import AdamW
 from .world import World
 
 GROWTH_STEPS = 2000  # good steps before the loss scale doubles, as in torch.amp.GradScaler
 MAX_SCALE = 2.0**24
+
+
+class Rates(NamedTuple):
+    """What the host decides about one update, on the device: a CUDA graph reads it anew."""
+
+    lr: Tensor  # [] fp64
+    ema_weight: Tensor  # [] fp64, how far the averages move
+
+    @classmethod
+    def on(cls, device: torch.device, lr: float, ema_weight: float) -> "Rates":
+        return cls(*upload(torch.tensor([lr, ema_weight], dtype=torch.float64), device).unbind())
 
 
 class StepResult(NamedTuple):
@@ -41,46 +53,47 @@ class LossScale:
         """Halves the scale after a step that overflowed, doubles it after many that did not."""
         if not self.enabled:
             return
-        self.good_steps = torch.where(finite, self.good_steps + 1, 0)
-        grows = self.good_steps >= GROWTH_STEPS
+        good_steps = torch.where(finite, self.good_steps + 1, 0)
+        grows = good_steps >= GROWTH_STEPS
         factor = torch.where(finite, torch.where(grows, 2.0, 1.0), 0.5)
-        self.scale = (self.scale * factor).clamp(1.0, MAX_SCALE)
-        self.good_steps = torch.where(grows, 0, self.good_steps)
+        # In place: a CUDA graph finds them where they were.
+        self.scale.mul_(factor).clamp_(1.0, MAX_SCALE)
+        self.good_steps.copy_(torch.where(grows, 0, good_steps))
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Iterable[Samples],
-    micro_steps: int,
     loss_fn: Callable[[nn.Module, Samples], Tensor],
     optimizer: AdamW,
     loss_scale: LossScale,
     world: World,
+    micro_batches: Sequence[Samples],
+    rates: Rates,
     *,
     slots: int,
-    number: int,
-    lr: float,
     max_grad_norm: float,
 ) -> StepResult:
     """Accumulates over the micro-batches, all-reduces once, clips and updates.
 
     The gradient is that of the mean over the samples of weight 1 in the whole window, however the
-    window is cut into ranks and micro-steps and however short it is.
+    window is cut into ranks and micro-steps and however short it is. All that changes from one call
+    to the next comes in tensors, and nothing waits for the host: a CUDA graph can hold it.
 
     Args:
         model: the UNet, wrapped in DDP when there is more than one rank.
-        micro_batches: this rank's share of the window, `micro_steps` of them, taken one by one.
         loss_fn: (model, samples) -> [] fp32, the sum over the samples of weight times loss.
+        micro_batches: this rank's share of the window.
         slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
-        number: of this optimizer step, from 1.
         max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
     """
     optimizer.zero_grad()
     totals = torch.zeros(2, device=world.device)  # loss and samples
     for index, samples in enumerate(micro_batches, start=1):
-        with nullcontext() if index == micro_steps else no_all_reduce(model):
+        last = index == len(micro_batches)
+        with nullcontext() if last else no_all_reduce(model):
             loss = loss_fn(model, samples)
             (loss * (loss_scale.scale / slots)).backward()
+        optimizer.take_gradients(last=last)
         totals += torch.stack((loss.detach(), samples.weights.sum()))
     loss, count = world.sum(totals)
 
@@ -90,7 +103,7 @@ def train_step(
     finite = torch.isfinite(grad_norm)
     applied = finite & (count > 0)
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
-    optimizer.update(number, lr, mean_factor * clip, applied)
+    optimizer.update(rates.lr, rates.ema_weight, mean_factor * clip, applied)
     loss_scale.update(finite)
     return StepResult(loss, count, grad_norm, applied)
 
@@ -102,6 +115,7 @@ def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW
     a resumed run would add in another order than the run it goes on from.
     """
     loss_fn(model, samples).backward()
+    optimizer.take_gradients(last=True)
     optimizer.zero_grad()
 
 

@@ -1,11 +1,17 @@
 """The UNet that edits: Stable Diffusion's with four more input channels for the original image."""
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.unet import fuse
+from .config import Format
 from .errors import UsageError
+from .masters import Masters
 
 
 def grow_conv_in(unet: UNet2DConditionModel, name: str) -> None:
@@ -34,26 +40,46 @@ def grow_conv_in(unet: UNet2DConditionModel, name: str) -> None:
     unet.register_to_config(in_channels=8)
 
 
+class Prepared(NamedTuple):
+    """A UNet that is ready to be trained."""
+
+    unet: UNet2DConditionModel
+    masters: Masters | None  # what the optimizer moves, where the UNet's own weights are bf16
+    fused: list[str]  # lines for the log: what was fused, and each thing that was not
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name: fp32."""
+        return dict(self.unet.named_parameters()) if self.masters is None else self.masters.named
+
+
 def prepare_unet(
     unet: UNet2DConditionModel,
     device: torch.device,
     *,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool = False,
     fused: bool,
     attention: str = "auto",
-) -> tuple[UNet2DConditionModel, list[str]]:
-    """Moves a UNet to the device in fp32, every parameter trainable.
+    param_dtype: Format = "fp32",
+    sums: bool = True,
+) -> Prepared:
+    """Moves a UNet to the device, every parameter trainable, channels_last where it is fused.
 
     Args:
         fused: puts the kernels of `kernels/unet.py` in the place of its norms, gates and attention.
         attention: which, as `kernels/unet.py` takes it.
-
-    Returns: the UNet, and a line for the log on what was fused and each thing that was not.
+        param_dtype: of its weights; bf16 ones are copies of fp32 masters.
+        sums: of `Masters`.
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if not fused:
-        return unet, []
-    unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
-    return unet, str(fuse(unet, attention=attention)).splitlines()
+        # Nothing in it draws random numbers, and a CUDA graph could not keep a generator's state.
+        unet.enable_gradient_checkpointing(
+            partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        )
+    if fused:
+        unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+    masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
+    return Prepared(
+        unet, masters, str(fuse(unet, attention=attention)).splitlines() if fused else []
+    )

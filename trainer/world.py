@@ -34,6 +34,9 @@ class World:
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            # All work is done on one stream that is not the default one, which a CUDA graph cannot
+            # be captured on; DDP and autograd remember the stream that they were built on.
+            torch.cuda.set_stream(torch.cuda.Stream(self.device))
         if self.size > 1:
             # Gloo beside NCCL: what the host decides (stop, errors) must not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"

@@ -1,6 +1,7 @@
 """However a step is cut into ranks and micro-steps, it sees the same samples and ends alike."""
 
 import pytest
+import torch
 from ranks import run
 from safetensors.torch import load_file
 from tiny import save_tiny_dataset, save_tiny_pipeline
@@ -53,3 +54,30 @@ def test_ranks_and_micro_steps_do_not_change_the_weights(inputs, tmp_path, max_g
             for key, value in weights.items():
                 distance = (value - expected[key]).norm() / expected[key].norm()
                 assert distance < 1e-5, f"{name} {file} {key}: {distance:.1e}"
+
+
+def test_ranks_add_up_in_the_masters_fp32(inputs, tmp_path):
+    """Two ranks give the bf16 gradients that two micro-steps give; fp32 sums lose none of them."""
+    flags = "--mixed_precision=bf16", "--param_dtype=bf16"
+    alone = _train(inputs, tmp_path, "1x4x2", 1, 4, 2, *flags)
+    ranks = _train(inputs, tmp_path, "2x4", 2, 4, 1, *flags)
+    both = _train(inputs, tmp_path, "2x2x2", 2, 2, 2, *flags)
+    rounded = _train(inputs, tmp_path, "bf16", 2, 4, 1, *flags, "--all_reduce_dtype=bf16")
+    for file in ("unet", "ema"):
+        expected = load_file(alone / f"{file}.safetensors")
+        for key, value in expected.items():
+            at_once, cut, sent = (
+                load_file(folder / f"{file}.safetensors")[key] for folder in (ranks, both, rounded)
+            )
+            assert torch.equal(at_once, value), key
+            for other in (cut, sent):  # other micro-batches, or rounded on their way
+                assert (other - value).norm() < 5e-2 * value.norm(), key
+    assert not torch.equal(sent, value)
+
+
+def test_gradients_can_travel_in_bf16(inputs, tmp_path):
+    alone = _train(inputs, tmp_path, "1x8", 1, 8, 1)
+    rounded = _train(inputs, tmp_path, "2x4", 2, 4, 1, "--all_reduce_dtype=bf16")
+    expected, weights = (load_file(f / "unet.safetensors") for f in (alone, rounded))
+    for key, value in weights.items():
+        assert 0 < (value - expected[key]).norm() / expected[key].norm() < 1e-2, key

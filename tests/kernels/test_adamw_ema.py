@@ -165,6 +165,26 @@ def test_fp32_parameters_take_bf16_gradients(device):
     compare(optimizer, fp64, fp32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_that_the_caller_keeps_are_written_to_their_copies(dtype, device, launches):
+    ours = parameters(torch.float32, device)
+    low = [parameter.detach().to(dtype) for parameter in ours]
+    fp64, fp32 = Torch(ours, torch.float64), Torch(ours, torch.float32)
+    optimizer = AdamWEma(ours, copies=low, **SETTINGS)
+    for _ in range(3):
+        grads = fill_grads(ours)
+        current = optimizer.current()  # found once for both
+        optimizer.grad_norm(current)
+        optimizer.update(None, optimizer.one, optimizer.always, current=current)
+        fp64.step(grads)
+        fp32.step(grads)
+    assert optimizer.tables_made <= 3
+    compare(optimizer, fp64, fp32)
+    assert launches
+    for parameter, copy_ in zip(ours, low, strict=True):
+        assert torch.equal(copy_, parameter.detach().to(dtype))
+
+
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.3, 0.4)], ids=str)
 def test_any_beta_and_no_decay(betas, device):
     (ours,) = parameters(torch.float32, device, sizes=[])[:1]
@@ -528,6 +548,12 @@ def test_refuses_what_it_does_not_serve(device):
         AdamWEma([good], emas=[[torch.zeros(4, 3, device=device)]])
     with pytest.raises(ValueError, match="1 parameters, but 2 averages"):
         AdamWEma([good], emas=[[good.detach(), good.detach()]])
+    with pytest.raises(ValueError, match="a copy must be bf16 or fp16, of an fp32 parameter"):
+        AdamWEma([good], copies=[torch.zeros(4, 4, device=device)])
+    with pytest.raises(ValueError, match="a copy must be bf16 or fp16"):
+        AdamWEma([good], copies=[torch.zeros(4, 4, device=device).bfloat16().T])
+    with pytest.raises(ValueError, match="1 parameters, but 0 copies"):
+        AdamWEma([good], copies=[])
     with pytest.raises(TypeError, match="moments_dtype must be fp32 or bf16"):
         AdamWEma([good], moments_dtype=torch.float16)
     with pytest.raises(ValueError, match="seed has 64 bits"):

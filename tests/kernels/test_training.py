@@ -34,13 +34,7 @@ def gradients(
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     grow_conv_in(unet, "base")
-    unet, lines = prepare_unet(
-        unet,
-        torch.device(device),
-        gradient_checkpointing=False,
-        fused=fused,
-        attention="triton",
-    )
+    unet, _, lines = prepare_unet(unet, torch.device(device), fused=fused, attention="triton")
     assert ("time embedding + GroupNorm + SiLU" in str(lines)) == fused
     width = unet.config["cross_attention_dim"]
     diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, torch.device(device))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fusedit.launch import cli, train
 from fusedit.trainer import checkpoint
+from fusedit.trainer.meter import Meter
 
 BASIC = {
     "pretrained_model_name_or_path": "base",
@@ -95,6 +96,39 @@ def test_half_precision_training_does_not_round_what_is_exported(here):
         base, exported = (load_file(f"{at}/{part}.safetensors") for at in ("base", "out"))
         for name, value in base.items():
             assert torch.equal(exported[name], value), name
+
+
+def test_bf16_weights_go_on_and_are_exported_as_their_fp32_masters(here):
+    formats = {"mixed_precision": "bf16", "param_dtype": "bf16", "adam_moments_dtype": "bf16"}
+    flags = {**formats, "held_out": 2, "checkpointing_steps": 2}
+    for steps, folder in ((4, "whole"), (2, "out"), (4, "out")):
+        more = {"max_train_steps": steps, "output_dir": folder}
+        assert train.main(_flags("--use_ema", **flags, **more)) == 0
+    for name in ("unet", "ema", "optimizer"):
+        file = f"checkpoint-4/{name}.safetensors"
+        assert (here / "out" / file).read_bytes() == (here / "whole" / file).read_bytes()
+    saved = {
+        name: load_file(here / "out" / "checkpoint-4" / f"{name}.safetensors")
+        for name in ("unet", "ema", "optimizer")
+    }
+    moments = {v.dtype for n, v in saved["optimizer"].items() if "exp_avg" in n}
+    assert moments == {torch.bfloat16}
+    for part, of in (("unet", "ema"), ("unet_raw", "unet")):
+        exported = UNet2DConditionModel.from_pretrained(here / "out", subfolder=part).state_dict()
+        for name, value in exported.items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, saved[of][name])
+        assert any(not torch.equal(v, v.bfloat16().float()) for v in exported.values())
+
+
+def test_the_device_is_waited_for_only_where_something_is_shown_or_saved(here, monkeypatch):
+    paused, steps = [], []
+    pause, add = Meter.paused, Meter.add
+    monkeypatch.setattr(Meter, "add", lambda self, r: (steps.append(r), add(self, r)))
+    monkeypatch.setattr(Meter, "paused", lambda self: (paused.append(len(steps)), pause(self))[1])
+    looks = {"held_out": 2, "validation_steps": 4, "log_every": 5}
+    assert train.main(_flags(max_train_steps=7, checkpointing_steps=3, **looks)) == 0
+    assert paused == [3, 4, 6, 7]
 
 
 def test_it_trains_as_many_steps_as_asked_and_resuming_adds_none(here):

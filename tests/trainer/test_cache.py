@@ -183,14 +183,7 @@ def test_losses_are_those_of_a_run_without_the_cache(here):
 def _unet(config):
     from fusedit.trainer.pretrained import load_unet
 
-    unet, _ = prepare_unet(
-        load_unet(config.model),
-        torch.device("cpu"),
-        gradient_checkpointing=False,
-        fused=False,
-        attention="auto",
-    )
-    return unet
+    return prepare_unet(load_unet(config.model), torch.device("cpu"), fused=False).unet
 
 
 def test_in_bf16_too(here):

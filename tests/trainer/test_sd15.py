@@ -9,7 +9,7 @@ from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.optim import AdamW
-from fusedit.trainer.step import LossScale, train_step
+from fusedit.trainer.step import LossScale, Rates, train_step
 from fusedit.trainer.unet import grow_conv_in
 from fusedit.trainer.world import World
 
@@ -66,15 +66,13 @@ def test_one_real_step():
     before = {name: p.detach().clone() for name, p in unet.named_parameters() if "conv_in" in name}
     result = train_step(
         unet,
-        [_samples(2, 8, "cpu")],
-        1,
         _loss("cpu"),
-        AdamW(unet.named_parameters(), OptimConfig()),
+        AdamW(dict(unet.named_parameters()), OptimConfig()),
         LossScale(False, torch.device("cpu")),
         World(),
+        [_samples(2, 8, "cpu")],
+        Rates.on(torch.device("cpu"), 1e-4, 0.0),
         slots=2,
-        number=1,
-        lr=1e-4,
         max_grad_norm=1.0,
     )
     assert result.applied

@@ -12,7 +12,7 @@ from fusedit.trainer.ema import Ema
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.optim import AdamW, OnePass, make_optimizer, schedule
-from fusedit.trainer.step import GROWTH_STEPS, LossScale, train_step
+from fusedit.trainer.step import GROWTH_STEPS, LossScale, Rates, train_step
 from fusedit.trainer.world import World
 
 INF = float("inf")
@@ -46,10 +46,9 @@ class _Job:
     def __init__(self, lr=0.1, fp16=False, **section):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 2))
-        self.ema = Ema(self.model.named_parameters(), 0.999)
-        self.optimizer = make_optimizer(
-            self.model.named_parameters(), OptimConfig(**section), self.ema, fused=self.fused
-        )
+        named = dict(self.model.named_parameters())
+        self.ema = Ema(named, 0.999)
+        self.optimizer = make_optimizer(named, OptimConfig(**section), self.ema, fused=self.fused)
         self.scale = LossScale(fp16, torch.device("cpu"))
         self.number, self.lr = 0, lr
 
@@ -57,15 +56,13 @@ class _Job:
         self.number += 1
         return train_step(
             self.model,
-            micro_batches,
-            len(micro_batches),
             _loss,
             self.optimizer,
             self.scale,
             World(),
+            micro_batches,
+            Rates.on(torch.device("cpu"), self.lr, self.ema.weight(self.number)),
             slots=8,
-            number=self.number,
-            lr=self.lr,
             max_grad_norm=max_grad_norm,
         )
 
@@ -216,21 +213,22 @@ def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
     for stops in (False, True):
         trained = copy.deepcopy(model)
         optimizer = make_optimizer(
-            trained.named_parameters(), OptimConfig(), None, fused=_Job.fused
+            dict(trained.named_parameters()), OptimConfig(), None, fused=_Job.fused
         )
         for step in range(4):
             if stops and step == 2:
                 state = {name: v.contiguous() for name, v in optimizer.state().items()}
                 save_file(state, tmp_path / "optimizer.safetensors")
                 optimizer = make_optimizer(
-                    trained.named_parameters(), OptimConfig(), None, fused=_Job.fused
+                    dict(trained.named_parameters()), OptimConfig(), None, fused=_Job.fused
                 )
                 optimizer.load_state(load_file(tmp_path / "optimizer.safetensors"))
                 moment = optimizer.state()["weight.exp_avg"]
                 assert moment.is_contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             trained(images * (step + 1)).square().mean().backward()
-            optimizer.update(step + 1, 0.1, torch.ones(()), torch.tensor(True))
+            rates = Rates.on(torch.device("cpu"), 0.1, 0.0)
+            optimizer.update(*rates, torch.ones(()), torch.tensor(True))
         ends.append(trained.weight.detach())
     assert torch.equal(*ends)
 

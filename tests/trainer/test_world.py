@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from ranks import _free_port
+from ranks import free_port
 
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.world import MESSAGE_BYTES, World
@@ -14,7 +14,7 @@ from fusedit.trainer.world import MESSAGE_BYTES, World
 def _on_ranks(size, function):
     """function(world) on each rank; the results in the order of ranks."""
     context = multiprocessing.get_context("fork")
-    port, queue = _free_port(), context.Queue()
+    port, queue = free_port(), context.Queue()
 
     def rank_main(rank):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

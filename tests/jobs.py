@@ -1,0 +1,82 @@
+"""All that an update takes, of a tiny model, on the device that there is."""
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from fusedit.trainer.config import OptimConfig
+from fusedit.trainer.data import PixelBatch
+from fusedit.trainer.diffusion import Diffusion
+from fusedit.trainer.ema import Ema
+from fusedit.trainer.encoders import Encoders, SideStream
+from fusedit.trainer.loss import EditLoss
+from fusedit.trainer.optim import make_optimizer
+from fusedit.trainer.step import LossScale, Rates, StepResult, train_step
+from fusedit.trainer.unet import grow_conv_in, prepare_unet
+from fusedit.trainer.world import World
+
+
+class Job:
+    """Encoders, UNet, loss and optimizer.
+
+    Args:
+        base: of `save_tiny_pipeline`.
+        fp16: autocast to fp16 on a GPU; the loss is scaled anywhere.
+        precision: of `prepare_unet`.
+    """
+
+    def __init__(
+        self, base, device: str, *, fused: bool = False, fp16: bool = False, lr=1e-4, **precision
+    ) -> None:
+        self.device, self.lr = torch.device(device), lr
+        vae = AutoencoderKL.from_pretrained(base / "vae")
+        text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+        self.tokens = torch.full((2, 8), 3)
+        dtype = torch.float16 if fp16 and device == "cuda" else torch.float32
+        if precision.get("param_dtype") == "bf16":
+            dtype = torch.bfloat16
+        self.encoders = Encoders(vae, text_encoder, self.tokens[:1], self.device, dtype)
+        self.aside = SideStream(self.device)
+        unet = UNet2DConditionModel.from_pretrained(base / "unet")
+        grow_conv_in(unet, "base")
+        prepared = prepare_unet(unet, self.device, fused=device == "cuda", **precision)
+        self.unet, self.masters = prepared.unet, prepared.masters
+        scheduler = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+        diffusion = Diffusion.from_scheduler(scheduler, 0.18215, self.device)
+        null_text = self.encoders.null_text
+        self.loss_fn = EditLoss(diffusion, (0.05, 0.05, 0.05), null_text, 5, dtype)
+        self.parameters = prepared.parameters
+        self.ema = Ema(self.parameters, 0.999)
+        self.optimizer = make_optimizer(
+            self.parameters, OptimConfig(), self.ema, self.masters, fused=fused
+        )
+        self.scale = LossScale(fp16, self.device)
+
+    def batch(self, first: int) -> PixelBatch:
+        images = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
+        positions = torch.arange(first, first + 2)
+        batch = PixelBatch(*images, self.tokens, positions, torch.ones(2), ())
+        if self.device.type != "cuda":
+            return batch
+        return PixelBatch(*(one.pin_memory() for one in batch[:-1]), ())
+
+    def update(self, micro_batches, rates) -> StepResult:
+        return train_step(
+            self.unet, self.loss_fn, self.optimizer, self.scale, World(device=self.device),
+            micro_batches, rates, slots=4, max_grad_norm=1.0,
+        )  # fmt: skip
+
+    def step(self, number: int, update=None) -> StepResult:
+        """An update of the loop, from 1."""
+        window = [self.batch(4 * number), self.batch(4 * number + 2)]
+        rates = Rates.on(self.device, self.lr / number, self.ema.weight(number))
+        samples = self.aside(lambda: [self.encoders.encode(batch) for batch in window])
+        return (update or self.update)(samples, rates)
+
+    def moved(self) -> dict[str, torch.Tensor]:
+        """All that a step moves, by name."""
+        everything = {f"parameter {name}": p for name, p in self.parameters.items()}
+        everything |= {f"unet {name}": p for name, p in self.unet.named_parameters()}
+        everything |= {f"average {name}": a for name, a in self.ema.averages.items()}
+        everything |= {f"moment {path}": m for path, m in self.optimizer.state().items()}
+        return {name: value.detach().clone() for name, value in everything.items()}

@@ -1,0 +1,97 @@
+"""The whole update as one CUDA graph: the host launches once, not thousands of times.
+
+The first updates run one by one, as real ones: kernels are compiled, memory is found, and DDP,
+which times its first ten synchronized iterations by reading events, has done so. Then one update is
+captured and from there on replayed: micro-steps, all-reduce, clip, optimizer, averages and loss
+scale. What changes from one to the next is copied to where the graph reads it.
+Source: PyTorch's notes on CUDA graphs, "Usage with DistributedDataParallel".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from .encoders import Samples
+from .errors import UsageError
+from .step import Rates, StepResult
+
+EAGER_STEPS = 11  # before the capture; what DDP asks for
+
+Update = Callable[[Sequence[Samples], Rates], StepResult]
+
+
+class Graph(Protocol):
+    """What can be replayed, as torch.cuda.CUDAGraph."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+Record = Callable[[Callable[[], StepResult]], tuple[Graph, StepResult]]
+
+
+def record_graph(call: Callable[[], StepResult]) -> tuple[Graph, StepResult]:
+    """Captures a call on the current stream; it runs with the first replay."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    try:
+        # Held to what a capture allows is this thread alone: the loader's pins memory meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = call()
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        raise UsageError(
+            f"the update cannot be captured as a CUDA graph ({first}); take --cuda_graphs off"
+        ) from error
+    return graph, result
+
+
+class Captured:
+    """An update that is captured once and replayed; called as the update is.
+
+    The caller's stream must be another than the default one, and what the update moves must stay
+    where it is.
+
+    Args:
+        record: captures a call as a graph; tests hand in what needs no GPU.
+
+    Raises: UsageError: the update cannot be captured.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        record: Record = record_graph,
+        eager_steps: int = EAGER_STEPS,
+    ) -> None:
+        self.update, self.record, self.left = update, record, eager_steps
+        self.graph: Graph | None = None
+
+    def __call__(self, micro_batches: Sequence[Samples], rates: Rates) -> StepResult:
+        if self.left:
+            self.left -= 1
+            return self.update(micro_batches, rates)
+        if self.graph is None:
+            self.micro_batches = [Samples(*(t.clone() for t in batch)) for batch in micro_batches]
+            self.rates = Rates(*(rate.clone() for rate in rates))
+            self.graph, self.result = self.record(
+                lambda: self.update(self.micro_batches, self.rates)
+            )
+        else:
+            self._write(micro_batches, rates)
+        self.graph.replay()
+        return StepResult(*(value.clone() for value in self.result))  # the next replay overwrites
+
+    def close(self) -> None:
+        """Gives the graph back; before the process group goes, whose work it holds."""
+        if self.graph is not None:
+            self.graph.reset()
+            self.graph = None
+
+    def _write(self, micro_batches: Sequence[Samples], rates: Rates) -> None:
+        kept, given = (*self.micro_batches, self.rates), (*micro_batches, rates)
+        for old, new in zip(kept, given, strict=True):
+            for place, value in zip(old, new, strict=True):
+                place.copy_(value)

@@ -1,0 +1,176 @@
+"""What a run trains and trains with: UNet, loss, optimizer, averages, and its update."""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .cache import CachedBatch, CachedPairs
+from .captured import Captured, Update
+from .compiled import check_gradients, compile_unet
+from .config import Compile
+from .data import EditPairs, PixelBatch, collate, make_tokenize
+from .diffusion import Diffusion
+from .ema import Ema
+from .encoders import Encoders, Samples, SideStream
+from .loss import EditLoss
+from .masters import reduce_in_bf16
+from .optim import make_optimizer
+from .plan import Plan
+from .pretrained import load_encoders, load_unet
+from .step import LossScale, discarded_step, train_step
+from .unet import prepare_unet
+from .world import World
+
+
+class Job:
+    """The parts that an update moves, or needs; all of them on the device.
+
+    Args:
+        cached: what is trained from, where it is not encoded anew.
+
+    Raises: UsageError: what was asked for cannot be compiled, or the model cannot be read.
+    """
+
+    def __init__(self, plan: Plan, world: World, cached: CachedPairs | None) -> None:
+        config, device = plan.config, world.device
+        self.plan, self.world = plan, world
+        self.kernels_run = device.type == "cuda" and not config.precision.plain
+        self.unet, self.masters, self.fused = prepared = prepare_unet(
+            load_unet(config.model),
+            device,
+            gradient_checkpointing=config.precision.gradient_checkpointing,
+            fused=self.kernels_run,
+            attention=config.precision.attention,
+            param_dtype=config.precision.param_dtype,
+            sums=(
+                not self.kernels_run
+                or config.optim.use_8bit_adam
+                or world.size * config.loop.gradient_accumulation_steps > 1
+            ),
+        )
+        self.tokenize = make_tokenize(plan.described.tokenizer)
+        self.cached = cached
+        self.loss_fn = EditLoss(
+            Diffusion.from_scheduler(
+                plan.described.scheduler, plan.described.vae["scaling_factor"], device
+            ),
+            config.conditioning.rates,
+            self.encoders.null_text if cached is None else cached.null_text().to(device),
+            config.loop.seed,
+            plan.dtype,
+        )
+        self.aside = SideStream(device)  # what it works with is on the device by now
+        named = prepared.parameters
+        self.ema = None
+        if config.optim.use_ema:
+            publish = {} if self.masters is None else {"publish": self.masters.publish}
+            self.ema = Ema(named, config.optim.ema_decay, **publish)
+        self.optimizer = make_optimizer(
+            named,
+            config.optim,
+            self.ema,
+            self.masters,
+            fused=self.kernels_run,
+            seed=config.loop.seed,
+        )
+        self.loss_scale = LossScale(plan.dtype is torch.float16, device)
+        self.pairs = EditPairs(
+            plan.rows,
+            plan.train_rows,
+            config.data,
+            config.loop.seed,
+            plan.global_batch,
+            self.tokenize,
+        )
+        self._compile(config.precision.compile)
+
+    def _compile(self, parts: Compile) -> None:
+        """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
+        if parts == "auto":
+            parts = "blocks" if self.kernels_run else "off"
+        if parts == "off":
+            return
+        compile_unet(self.unet, parts)
+        check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
+
+    def _blank(self) -> Samples:
+        """A micro-batch of weight 0, in the shapes of all others."""
+        count = self.plan.config.loop.train_batch_size
+        batch = self.cached.blank(count) if self.cached else collate([self.pairs.blank()] * count)
+        return self.samples([batch])[0]
+
+    def update(self) -> Update:
+        """What the loop calls for each window: one by one, or as a CUDA graph."""
+        config, section = self.plan.config, self.plan.config.precision
+        update = partial(
+            train_step,
+            self._data_parallel(),
+            self.loss_fn,
+            self.optimizer,
+            self.loss_scale,
+            self.world,
+            slots=self.plan.global_batch // self.world.size,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+        wanted = section.cuda_graphs == "on" or (
+            section.cuda_graphs == "auto" and self.kernels_run and not self.optimizer.eight_bit
+        )
+        return Captured(update) if wanted else update
+
+    def _data_parallel(self) -> nn.Module:
+        """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled."""
+        if self.world.size == 1:
+            return self.unet
+        section, on_gpu = self.plan.config.precision, self.world.device.type == "cuda"
+        model = DistributedDataParallel(
+            self.unet,
+            device_ids=[self.world.local_rank] if on_gpu else None,
+            bucket_cap_mb=self.plan.config.loop.bucket_mb,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+        if self.masters is not None:
+            sent = torch.bfloat16 if section.all_reduce_dtype == "bf16" else torch.float32
+            model.register_comm_hook(None, self.masters.reduce_in_buckets(self.world.size, sent))
+        elif section.all_reduce_dtype == "bf16":
+            model.register_comm_hook(None, reduce_in_bf16(self.world.size))
+        for _ in range(2):  # a static graph is learned in the first, its buckets in the second
+            discarded_step(model, self._blank(), self.loss_fn, self.optimizer)
+        return model
+
+    def samples(self, window: Sequence[PixelBatch | CachedBatch]) -> list[Samples]:
+        """What the step trains on, on the device."""
+        return self.aside(
+            lambda: [
+                batch.to_samples(self.world.device)
+                if isinstance(batch, CachedBatch)
+                else self.encoders.encode(batch)
+                for batch in window
+            ]
+        )
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        """On the device once they are asked for: a run from a cache only validates with them."""
+        vae, text_encoder = load_encoders(self.plan.config.model)
+        null_tokens = self.tokenize("")[None]
+        return Encoders(vae, text_encoder, null_tokens, self.world.device, self.plan.dtype)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint keeps of it, by part and name."""
+        unet = self.unet.state_dict() if self.masters is None else self.masters.named
+        parts = {
+            "unet": {name: weights.detach() for name, weights in unet.items()},
+            "optimizer": self.optimizer.state(),
+        }
+        return parts if self.ema is None else parts | {"ema": self.ema.averages}
+
+    def load_tensors(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Takes what `tensors` gave."""
+        (self.masters or self.unet).load_state_dict(parts["unet"])
+        self.optimizer.load_state(parts["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state(parts["ema"])

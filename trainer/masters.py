@@ -1,0 +1,127 @@
+"""fp32 masters of bf16 parameters: what the optimizer moves, averages and checkpoints.
+
+The UNet's own weights are bf16 copies of them, so autocast has nothing to cast. Gradients come in
+bf16 and are added up, over micro-steps and over ranks, in the masters' fp32.
+Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.1.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Hook = Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]
+
+
+class Masters:
+    """The masters of a module, which is rounded to bf16; they lie in memory as its parameters do.
+
+    Args:
+        module: in fp32, on its device, in its memory format.
+        sums: whether several gradients are added up in an update, of micro-steps or ranks; else the
+            one that there is stays in bf16, and there are no sums to keep. PyTorch's own AdamW
+            takes no bf16 gradient for an fp32 parameter.
+    """
+
+    def __init__(self, module: nn.Module, *, sums: bool = True) -> None:
+        self.copies = dict(module.named_parameters())
+        self.named = {
+            name: nn.Parameter(copy.detach().clone()) for name, copy in self.copies.items()
+        }
+        module.to(torch.bfloat16)
+        self._grads: dict[Tensor, Tensor] = {}  # of each copy, its master's
+        for name, copy in self.copies.items():
+            master = self.named[name]
+            if sums:
+                master.grad = self._grads[copy] = torch.zeros_like(master.data)
+            else:
+                master.grad_dtype = copy.dtype
+        self._in_buckets = False  # DDP's hook takes the last micro-step's gradients
+
+    @torch.no_grad()
+    def take_gradients(self, *, last: bool) -> None:
+        """Adds the gradients of a micro-step to the masters' and forgets them."""
+        if not self._grads:
+            for name, copy in self.copies.items():
+                self.named[name].grad = copy.grad
+            return
+        if last and self._in_buckets:
+            return
+        given = {copy: copy.grad for copy in self._grads if copy.grad is not None}
+        torch._foreach_add_([self._grads[copy] for copy in given], list(given.values()))
+        if self._in_buckets:
+            torch._foreach_zero_(list(given.values()))  # they are DDP's
+        else:
+            for copy in given:
+                copy.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters to the copies."""
+        torch._foreach_copy_(list(self.copies.values()), list(self.named.values()))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes fp32 values by name."""
+        with torch.no_grad():
+            for name, value in state.items():
+                self.named[name].copy_(value)
+        self.publish()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the module holds the masters; for its export, when no step comes any more."""
+        own = {name: copy.data for name, copy in self.copies.items()}
+        for name, copy in self.copies.items():
+            copy.grad, copy.data = None, self.named[name].data
+        try:
+            yield
+        finally:
+            for name, copy in self.copies.items():
+                copy.data = own[name]
+
+    def reduce_in_buckets(self, ranks: int, dtype: torch.dtype) -> Hook:
+        """DDP's communication hook: the mean over ranks goes to the masters, in the overlap.
+
+        Args:
+            dtype: that travels.
+        """
+        self._in_buckets = True
+
+        def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            received = bucket.buffer()
+            grads = [self._grads[parameter] for parameter in bucket.parameters()]
+            torch._foreach_add_(grads, bucket.gradients())
+            sent = torch.cat([_in_memory(grad) for grad in grads]).to(dtype).div_(ranks)
+            work: Any = dist.all_reduce(sent, async_op=True)
+
+            def store(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+                (mean,) = done.value()
+                parts = mean.split([grad.numel() for grad in grads])
+                torch._foreach_copy_([_in_memory(grad) for grad in grads], list(parts))
+                return received.zero_()
+
+            return work.get_future().then(store)
+
+        return hook
+
+
+def reduce_in_bf16(ranks: int) -> Hook:
+    """DDP's communication hook without masters: the mean over ranks, rounded on its way.
+
+    PyTorch's own, bf16_compress_hook, refuses gloo.
+    """
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        mean = bucket.buffer()
+        work: Any = dist.all_reduce(mean.to(torch.bfloat16).div_(ranks), async_op=True)
+        return work.get_future().then(lambda done: mean.copy_(done.value()[0]))
+
+    return hook
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """[elements], a view in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))

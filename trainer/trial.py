@@ -1,0 +1,146 @@
+"""The largest micro-batch of a run, by real updates on the GPU that is here."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .blank import blank_encoders, blank_unet
+from .config import RunConfig
+from .data import PixelBatch
+from .diffusion import Diffusion
+from .ema import Ema
+from .encoders import Encoders, Samples
+from .estimate import largest
+from .loss import EditLoss
+from .optim import make_optimizer
+from .plan import DTYPES
+from .pretrained import Described
+from .step import LossScale, Rates, train_step
+from .unet import prepare_unet
+from .world import World
+
+STEPS = 2  # the second one meets all that the first one left
+
+
+def largest_tried(make: Callable[[], Callable[[int], None]]) -> int:
+    """The largest micro-batch that does not run out of a GPU's memory; 0: not even one.
+
+    Args:
+        make: gives what is called with images of a micro-batch; both may run out of memory.
+
+    All that was allocated is given back.
+    """
+    update: Callable[[int], None] | None = None
+
+    def runs(images: int) -> bool:
+        nonlocal update
+        try:
+            if update is None:
+                update = make()
+            update(images)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        return True
+
+    def fits(images: int) -> bool:
+        ran = runs(images)
+        if not ran:
+            free()  # out here nothing holds the error, which held what was allocated
+        return ran
+
+    found = largest(fits)
+    update = None
+    free()
+    return found
+
+
+def free() -> None:
+    """Gives what nobody holds any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class TrialRun:
+    """The parts of a run by its flags; weights are what lay in memory, for only sizes matter.
+
+    It runs eagerly, on one rank: what torch.compile, CUDA graphs and DDP take is not seen.
+    """
+
+    def __init__(self, config: RunConfig, described: Described, device: torch.device) -> None:
+        self.config, self.device, self.world = config, device, World(device=device)
+        self.dtype = DTYPES[config.precision.mixed_precision or "no"]
+        on_gpu = device.type == "cuda"
+        fused = on_gpu and not config.precision.plain
+        self.prepared = prepare_unet(
+            blank_unet(described).to_empty(device=device),
+            device,
+            gradient_checkpointing=config.precision.gradient_checkpointing,
+            fused=fused,
+            attention=config.precision.attention,
+            param_dtype=config.precision.param_dtype,
+        )
+        named, masters = self.prepared.parameters, self.prepared.masters
+        ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
+        self.optimizer = make_optimizer(named, config.optim, ema, masters, fused=fused)
+        self.loss_scale = LossScale(self.dtype is torch.float16, device)
+        diffusion = Diffusion.from_scheduler(
+            described.scheduler, described.vae["scaling_factor"], device
+        )
+        self.length = described.tokenizer.model_max_length
+        self.side = config.data.resolution // described.vae_factor
+        width = self.prepared.unet.config["cross_attention_dim"]
+        self.null_text = torch.zeros(1, self.length, width, dtype=self.dtype, device=device)
+        rates = config.conditioning.rates
+        self.loss = EditLoss(diffusion, rates, self.null_text, config.loop.seed, self.dtype)
+        self.encoders = None
+        if config.data.cache_latents is None:
+            vae, text_encoder = blank_encoders(config.model, described)
+            vae.to_empty(device=device)
+            text_encoder.to_empty(device=device)
+            # Positions are a buffer that is read: what lay in memory would be out of range.
+            for part in text_encoder.modules():
+                for _, buffer in part.named_buffers(recurse=False):
+                    buffer.zero_()
+            self.encoders = Encoders(vae, text_encoder, self._zeros(1).tokens, device, self.dtype)
+
+    def update(self, images: int) -> None:
+        """A few whole updates of a micro-batch of so many images."""
+        if self.prepared.masters is not None:
+            for copy in self.prepared.masters.copies.values():
+                copy.grad = None  # of an update that ran out of memory
+        for _ in range(STEPS):
+            train_step(
+                self.prepared.unet,
+                self.loss,
+                self.optimizer,
+                self.loss_scale,
+                self.world,
+                [self._samples(images)],
+                Rates.on(self.device, 0.0, 0.0),
+                slots=images,
+                max_grad_norm=1.0,
+            )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _samples(self, images: int) -> Samples:
+        batch = self._zeros(images)
+        if self.encoders is not None:
+            return self.encoders.encode(batch)
+        latents = torch.zeros(images, 4, self.side, self.side, dtype=self.dtype, device=self.device)
+        text = self.null_text.repeat(images, 1, 1)
+        return Samples(latents, latents, latents, text, batch.positions, batch.weights)
+
+    def _zeros(self, images: int) -> PixelBatch:
+        side = self.config.data.resolution
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(images, *shape, dtype=dtype, device=self.device)
+
+        pixels = zeros(3, side, side, dtype=torch.uint8)
+        tokens = zeros(self.length, dtype=torch.int64)
+        positions, weights = zeros(dtype=torch.int64), zeros(dtype=torch.float32)
+        return PixelBatch(pixels, pixels, tokens, positions, weights, ())
