@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from tiny import save_tiny_pipeline
 
 from fusedit.kernels import edit_input, weighted_mse
+from fusedit.trainer.config import Format
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.loss import EditLoss
@@ -28,13 +30,15 @@ def samples(width: int, device: str) -> Samples:
 
 
 def gradients(
-    base, fused: bool, device: str, dtype: torch.dtype = torch.float32
+    base, fused: bool, device: str, dtype: torch.dtype = torch.float32, param_dtype: Format = "fp32"
 ) -> dict[str, torch.Tensor]:
     """The loss and the gradient of each parameter, computed under autocast to dtype."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     grow_conv_in(unet, "base")
-    unet, _, lines = prepare_unet(unet, torch.device(device), fused=fused, attention="triton")
+    unet, _, lines = prepare_unet(
+        unet, torch.device(device), fused=fused, attention="triton", param_dtype=param_dtype
+    )
     assert ("time embedding + GroupNorm + SiLU" in str(lines)) == fused
     width = unet.config["cross_attention_dim"]
     diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, torch.device(device))
@@ -62,15 +66,17 @@ def test_the_gradient_is_that_of_plain_pytorch(tmp_path, launches, monkeypatch, 
         torch.testing.assert_close(fused[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_the_trainers_attention_is_ours_under_autocast(tmp_path, launches, device):
+@pytest.mark.parametrize("param_dtype", ["fp32", "bf16"])
+def test_the_trainers_kernels_run_under_autocast(param_dtype, tmp_path, launches, device):
     base = save_tiny_pipeline(tmp_path / "base")
     truth = gradients(base, False, device)
     before = len(launches)
-    fused = gradients(base, True, device, torch.bfloat16)
+    fused = gradients(base, True, device, torch.bfloat16, param_dtype)
     ran = Counter(launches[before:])
+    assert ran["whole_kernel"] == ran["backward_whole_kernel"] > 0  # GroupNorm
     # Of 12 LayerNorms, and of the 2 attentions whose heads are 8 wide; the others' are 12.
     assert ran["forward_kernel"] == ran["backward_kernel"] == 14
-    plain = gradients(base, False, device, torch.bfloat16)
+    plain = gradients(base, False, device, torch.bfloat16, param_dtype)
 
     def error(found: dict[str, torch.Tensor]) -> float:
         """Of all gradients, each in parts of its own size."""
