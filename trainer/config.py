@@ -309,6 +309,11 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
+    def sums_gradients(self, ranks: int) -> bool:
+        """Whether --param_dtype bf16 on a GPU needs fp32 sums beside its bf16 gradients."""
+        several = ranks * self.loop.gradient_accumulation_steps > 1
+        return several or self.precision.plain or self.optim.use_8bit_adam
+
     def check_complete(self) -> None:
         """Raises UsageError when what has no default was not given, or flags do not go together.
 

@@ -53,7 +53,7 @@ class Counted(NamedTuple):
     attention_fits: bool  # heads' widths are powers of two
 
 
-def count_run(config: RunConfig, described: Described) -> Counted:
+def count_run(config: RunConfig, described: Described, ranks: int = 1) -> Counted:
     """Counts a micro-step of a run whose --mixed_precision is given.
 
     Raises: UsageError: the text encoder's configuration cannot be read.
@@ -65,7 +65,7 @@ def count_run(config: RunConfig, described: Described) -> Counted:
     shows = validation.val_image_url is not None and validation.validation_prompt is not None
     stays = not cached or shows or config.data.held_out > 0  # a run from a cache only validates
     return Counted(
-        unet=_count_unet(config, described, dtype),
+        unet=_count_unet(config, described, dtype, ranks),
         encoders=None if cached else _count_encoders(encoders, config, described),
         parameters=parameters,
         encoder_bytes=bytes_of(encoders.vae, encoders.text_encoder) if stays else 0,
@@ -77,7 +77,7 @@ def count_run(config: RunConfig, described: Described) -> Counted:
     )
 
 
-def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> Work:
+def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype, ranks: int) -> Work:
     section, side = config.precision, config.data.resolution // described.vae_factor
     prepared = prepare_unet(
         blank_unet(described),
@@ -86,6 +86,7 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> 
         attention="sdpa",  # all keep the same for the backward
         param_dtype=section.param_dtype,
     )
+    sums = prepared.masters is not None and config.sums_gradients(ranks)
     unet: UNet2DConditionModel = prepared.unet
     if section.gradient_checkpointing:
         unet.enable_gradient_checkpointing(
@@ -108,8 +109,8 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> 
             )[0]
         weighted_mse(predicted, target, weights)[0].backward()
 
-    # Gradients of bf16 weights are given to the masters and freed after each micro-step.
-    return count(unet, run, keeps_grads=prepared.masters is None)
+    # Gradients that are added to the masters' are freed after each micro-step.
+    return count(unet, run, keeps_grads=not sums)
 
 
 def _encoders(config: RunConfig, described: Described, dtype: torch.dtype) -> Encoders:
@@ -141,10 +142,11 @@ def memory_bytes(counted: Counted, config: RunConfig, images: int, ranks: int) -
     """
     halves = config.precision.param_dtype == "bf16"
     buckets = 2 if halves and ranks > 1 else 0  # DDP keeps its own; else they come and go
+    sums = 4 if not halves or config.sums_gradients(ranks) else 2  # or the one gradient itself
     parts = {
         "parameters": counted.parameters * (2 if halves else 4),
         "fp32 masters": counted.parameters * 4 * halves,
-        "gradients": counted.parameters * (4 + buckets),
+        "gradients": counted.parameters * (sums + buckets),
         "moments": counted.parameters * moment_bytes(config.optim),
         "averages (EMA)": counted.parameters * 4 * config.optim.use_ema,
         "VAE and text encoder": counted.encoder_bytes,
@@ -188,7 +190,7 @@ def fits_in(gpu: Gpu, counted: Counted, config: RunConfig, ranks: int) -> Callab
 # Time.
 
 
-def step_ms(counted: Counted, config: RunConfig, gpu: Gpu) -> dict[str, float]:
+def step_ms(counted: Counted, config: RunConfig, gpu: Gpu, ranks: int) -> dict[str, float]:
     """Of an optimizer step on one rank, by part; they add up."""
     images, section = config.loop.train_batch_size, config.precision
     flops, bandwidth = rates(gpu, section, counted.attention_fits)
@@ -207,7 +209,7 @@ def step_ms(counted: Counted, config: RunConfig, gpu: Gpu) -> dict[str, float]:
     parts = {kind: micro_steps * time for kind, time in parts_s(counted.unet).items()}
     if counted.encoders is not None:
         parts["encoders"] = micro_steps * sum(parts_s(counted.encoders).values())
-    parts["optimizer"] = counted.parameters * _optimizer_bytes(config) / copied
+    parts["optimizer"] = counted.parameters * _optimizer_bytes(config, ranks) / copied
     return {kind: 1e3 * time for kind, time in parts.items()}
 
 
@@ -232,13 +234,15 @@ def rates(
     return flops, gpu.gb_per_s * 1e9 * COPIES_REACHED
 
 
-def _optimizer_bytes(config: RunConfig) -> float:
+def _optimizer_bytes(config: RunConfig, ranks: int) -> float:
     """Moved for each parameter by clipping, AdamW, averages and the zeroing of gradients."""
     optim, section = config.optim, config.precision
     read_and_written = 4 + moment_bytes(optim) + 4 * optim.use_ema
-    moved = 2 * read_and_written + 3 * 4  # a gradient is read for its norm and for its step
-    if section.param_dtype == "bf16":  # the copy, and each micro-step's gradient to the masters'
-        moved += 2 + 10 * config.loop.gradient_accumulation_steps
+    halves, sums = section.param_dtype == "bf16", config.sums_gradients(ranks)
+    gradient = 2 if halves and not sums else 4  # read for its norm and for its step
+    moved = 2 * read_and_written + 3 * gradient + 2 * halves
+    if halves and sums:  # each micro-step's gradient to the masters'
+        moved += 10 * config.loop.gradient_accumulation_steps
     one_pass = optim.adam_moments_dtype == "bf16" or not (section.plain or optim.use_8bit_adam)
     if optim.use_ema and not one_pass:
         moved += 24  # the difference, scaled, is written and read between

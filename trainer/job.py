@@ -45,11 +45,7 @@ class Job:
             fused=self.kernels_run,
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
-            sums=(
-                not self.kernels_run
-                or config.optim.use_8bit_adam
-                or world.size * config.loop.gradient_accumulation_steps > 1
-            ),
+            sums=not self.kernels_run or config.sums_gradients(world.size),
         )
         self.tokenize = make_tokenize(plan.described.tokenizer)
         self.cached = cached

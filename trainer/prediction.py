@@ -50,7 +50,7 @@ class Prediction:
         self.memory = memory_bytes(self.counted, config, self.batch, ranks)
         self.room = gpu.memory_mib * 2**20
         self.largest = self._largest(config)
-        self.times_ms = step_ms(self.counted, config, gpu)
+        self.times_ms = step_ms(self.counted, config, gpu, ranks)
         vae, text_encoder = blank_encoders(config.model, described)
         others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
         self.pipeline = pipeline_bytes(self.counted, config.optim, others)
@@ -90,9 +90,10 @@ class Prediction:
         return pairs * self.shape.pair_bytes, (pairs + 1) * self.shape.text_bytes
 
     def _count(self, config: RunConfig) -> Counted:
-        counted_by = config.data, config.validation, config.precision
+        sums = config.sums_gradients(self.ranks)
+        counted_by = config.data, config.validation, config.precision, sums
         if counted_by not in self._counts:
-            self._counts[counted_by] = count_run(config, self.described)
+            self._counts[counted_by] = count_run(config, self.described, self.ranks)
         return self._counts[counted_by]
 
     def _largest(self, config: RunConfig) -> int:

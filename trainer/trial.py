@@ -81,6 +81,7 @@ class TrialRun:
             fused=fused,
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
+            sums=not fused or config.sums_gradients(self.world.size),
         )
         named, masters = self.prepared.parameters, self.prepared.masters
         ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
