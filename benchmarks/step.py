@@ -24,17 +24,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from ..trainer.captured import EAGER_STEPS, Captured, Update
 from ..trainer.compiled import check_gradients, compile_unet
-from ..trainer.config import Format, OptimConfig
+from ..trainer.config import Format, OptimConfig, PrecisionConfig
 from ..trainer.diffusion import Diffusion
 from ..trainer.ema import Ema
 from ..trainer.encoders import Samples
 from ..trainer.errors import UsageError
 from ..trainer.loss import EditLoss
 from ..trainer.optim import make_optimizer
+from ..trainer.plan import set_numerics
 from ..trainer.step import LossScale, Rates, StepResult, train_step
 from ..trainer.unet import prepare_unet
 from ..trainer.world import World
@@ -203,10 +205,12 @@ def measured(case: Case, name: str, plain: StepResult, timer: Timer, device: str
     try:
         with timer.stream():
             job = Job(case, WAYS[name], device)
+            if torch.cuda.is_available():  # the check of compiled gradients keeps all of them twice
+                torch.cuda.reset_peak_memory_stats()
             wrong = disagreement(job.step(), plain)
             if wrong:
                 return harness.row(labels, verdict="wrong", note=wrong)
-            for _ in range(EAGER_STEPS + 1):  # the last one captures
+            for _ in range(EAGER_STEPS):  # the last one captures
                 job.step()
         taken = timer.measure([job.step], "warm")
         job.close()
@@ -232,10 +236,12 @@ def profiled(case: Case, timer: Timer, device: str) -> list[Record]:
                 job.step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-    spent: dict[str, tuple[float, int]] = {}
+    on_gpu, spent = device == "cuda", {}
     for one in found.key_averages():
-        milliseconds = (one.self_device_time_total or one.self_cpu_time_total) / 1e3 / PROFILED
-        spent[one.key] = milliseconds, one.count
+        if on_gpu and (one.device_type != DeviceType.CUDA or one.is_user_annotation):
+            continue  # the host's side of it, which would count its kernels again
+        microseconds = one.self_device_time_total if on_gpu else one.self_cpu_time_total
+        spent[one.key] = microseconds / 1e3 / PROFILED, one.count
     total = sum(milliseconds for milliseconds, _ in spent.values())
     order = sorted(spent, key=lambda kernel: -spent[kernel][0])
     chosen = order[:TOP] + [kernel for kernel in order[TOP:] if LAYOUT.search(kernel)]
@@ -285,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     path = flags.out / "step.json"
     record = harness.resumed(path, harness.new_record("step", words, flags.commit))
+    set_numerics(PrecisionConfig())  # as a run has them
     timer = Timer(torch.device("cuda"))
     record["ceilings"] = record["ceilings"] or ceilings(timer, torch.device("cuda"))
     whole = measure(record, flags, timer, "cuda", path)
@@ -313,6 +320,9 @@ def measure(
             with released():
                 record["rows"].append(measured(case, name, plain, timer, device))
             harness.write(record, path)
+            if WAYS[name].graph and record["rows"][-1]["verdict"] == "failed":
+                say("a capture that failed keeps its memory: the rest is left for another run")
+                return False
     if not any(row["labels"]["op"] == "profile" for row in record["rows"]):
         say(f"{flags.case[0].name} profile")
         with released():

@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from .attention_choice import BACKENDS, explained
@@ -30,6 +31,7 @@ OPS = ("group_norm", "geglu", "layer_norm", "attention")
 # Inductor fuses GEGLU and LayerNorm itself, at the speed of memory as far as anyone has measured;
 # they join when `fusedit.benchmarks.kernels` shows ours ahead of it on a GPU.
 COMPILED_OPS = ("group_norm", "attention")
+COPIED_BATCH = 64  # from it on, diffusers' Upsample2D copies to NCHW
 
 
 @dataclass
@@ -142,6 +144,8 @@ def _sites(name: str, module: nn.Module) -> Iterator[Site]:
         classes = [(module.norm, FusedGroupNorm), (module, FusedTransformer)]
         parts, why_not = {f"{prefix}norm": "GroupNorm"}, _norm_why_not(module.norm)
         yield Site("group_norm", parts, classes, why_not)
+    elif type(module) is Upsample2D and _is_nearest(module):
+        yield Site("group_norm", {}, [(module, FusedUpsample)], "")
     elif type(module) is BasicTransformerBlock:
         parts = {"norm1": "LayerNorm"} | dict.fromkeys(("norm2", "norm3"), "residual + LayerNorm")
         classes, why_not = [(module, FusedTransformerBlock)], _transformer_block_why_not(module)
@@ -157,6 +161,12 @@ def _sites(name: str, module: nn.Module) -> Iterator[Site]:
 
 def _under(prefix: str, parts: dict[str, str]) -> dict[str, str]:
     return {prefix + part: kind for part, kind in parts.items()}
+
+
+def _is_nearest(block: Upsample2D) -> bool:
+    """Nearest neighbours, then the convolution; nothing else."""
+    own = block.interpolate and block.use_conv and block.name == "conv"
+    return own and block.norm is None and not block.use_conv_transpose
 
 
 def _resnet_block_why_not(block: ResnetBlock2D) -> str:
@@ -250,6 +260,25 @@ class FusedTransformer(Fused, Transformer2DModel):
             hidden_states = self.proj_out(hidden_states)
         image = hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return (image if self.use_linear_projection else self.proj_out(image)) + residual
+
+
+class FusedUpsample(Fused, Upsample2D):
+    """Large batches stay channels_last; diffusers copies them to NCHW before it doubles them."""
+
+    plain = Upsample2D
+
+    def forward(
+        self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        n, channels, height, width = hidden_states.shape
+        small = n < COPIED_BATCH or hidden_states.stride(1) != 1
+        if self.plain_here() or small or output_size is not None:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        rows = hidden_states.permute(0, 2, 3, 1)[:, :, None, :, None]
+        doubled = rows.expand(n, height, 2, width, 2, channels).reshape(
+            n, 2 * height, 2 * width, channels
+        )
+        return cast(nn.Module, self.conv)(doubled.permute(0, 3, 1, 2))
 
 
 class FusedGroupNorm(Fused, nn.GroupNorm):

@@ -189,7 +189,12 @@ class Filling:
         build = Build(
             self.cache,
             Encoders(
-                self.vae, self.text_encoder, self.null_tokens, self.world.device, self.plan.dtype
+                self.vae,
+                self.text_encoder,
+                self.null_tokens,
+                self.world.device,
+                self.plan.dtype,
+                fused=self.world.device.type == "cuda" and not self.plan.config.precision.plain,
             ),
             self.data,
             self.world,

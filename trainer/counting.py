@@ -52,17 +52,16 @@ def at(numbers: Tensor, images: int) -> Tensor:
     return numbers[0] + images * numbers[1]
 
 
-def count(module: nn.Module, run: Callable[[int], None], *, keeps_grads: bool = False) -> Work:
+def count(module: nn.Module, run: Callable[[int], None]) -> Work:
     """Counts what is done with a module.
 
     Args:
         module: on the meta device; its tensors are exchanged for fake ones.
         run: what is done with it for so many images; makes its inputs on the CPU.
-        keeps_grads: parameters have a gradient before already, which is added to.
 
     Raises: ValueError: another number of images does other ops.
     """
-    first, second = (_record(module, run, images, keeps_grads) for images in COUNTED)
+    first, second = (_record(module, run, images) for images in COUNTED)
     if first.kinds != second.kinds:
         raise ValueError(f"other ops for {COUNTED[1]} images than for {COUNTED[0]}")
     slopes = (second.numbers() - first.numbers()) / (COUNTED[1] - COUNTED[0])
@@ -75,24 +74,22 @@ def again_as_on_gpu() -> tuple[AbstractContextManager[Any], AbstractContextManag
     return nullcontext(), _AsOnGpu()
 
 
-def _record(
-    module: nn.Module, run: Callable[[int], None], images: int, keeps_grads: bool
-) -> "_Recorder":
+def _record(module: nn.Module, run: Callable[[int], None], images: int) -> "_Recorder":
     with FakeTensorMode():
-        standing = list(_make_fake(module, keeps_grads))
+        standing = list(_make_fake(module))
         with _AsOnGpu(), _Recorder(standing) as recorder:
             run(images)
     return recorder
 
 
-def _make_fake(module: nn.Module, with_grads: bool) -> Iterator[Tensor]:
+def _make_fake(module: nn.Module) -> Iterator[Tensor]:
     """Exchanges parameters and buffers for fake ones, and yields them and their gradients."""
     for owner in module.modules():
         for name, old in [*owner.named_parameters(recurse=False)]:
             new = nn.Parameter(_fake_like(old), requires_grad=old.requires_grad)
             setattr(owner, name, new)
             yield new
-            if with_grads and new.requires_grad:
+            if new.requires_grad:  # what a backward gives is added to it
                 new.grad = _fake_like(old)
                 yield new.grad
         for name, old in [*owner.named_buffers(recurse=False)]:

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from ..kernels.unet import fuse
 from .data import PixelBatch
 
 
@@ -32,6 +33,7 @@ class Encoders:
     Args:
         null_tokens: [1, tokens] int64, the empty instruction; encoded once, here.
         dtype: of the encoders and of the samples; the reference uses that of mixed_precision.
+        fused: the VAE's norms by our kernels, channels_last; PyTorch's would copy to NCHW and back.
     """
 
     def __init__(
@@ -41,8 +43,13 @@ class Encoders:
         null_tokens: Tensor,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        fused: bool = False,
     ) -> None:
         self.vae = _frozen(vae, device, dtype)
+        if fused:
+            self.vae = self.vae.to(memory_format=torch.channels_last)
+            fuse(self.vae.encoder, ops=("group_norm",))
         self.text_encoder = _frozen(text_encoder, device, dtype)
         self.device = device
         self.dtype = dtype

@@ -53,7 +53,7 @@ class Counted(NamedTuple):
     attention_fits: bool  # heads' widths are powers of two
 
 
-def count_run(config: RunConfig, described: Described, ranks: int = 1) -> Counted:
+def count_run(config: RunConfig, described: Described) -> Counted:
     """Counts a micro-step of a run whose --mixed_precision is given.
 
     Raises: UsageError: the text encoder's configuration cannot be read.
@@ -65,7 +65,7 @@ def count_run(config: RunConfig, described: Described, ranks: int = 1) -> Counte
     shows = validation.val_image_url is not None and validation.validation_prompt is not None
     stays = not cached or shows or config.data.held_out > 0  # a run from a cache only validates
     return Counted(
-        unet=_count_unet(config, described, dtype, ranks),
+        unet=_count_unet(config, described, dtype),
         encoders=None if cached else _count_encoders(encoders, config, described),
         parameters=parameters,
         encoder_bytes=bytes_of(encoders.vae, encoders.text_encoder) if stays else 0,
@@ -77,7 +77,7 @@ def count_run(config: RunConfig, described: Described, ranks: int = 1) -> Counte
     )
 
 
-def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype, ranks: int) -> Work:
+def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> Work:
     section, side = config.precision, config.data.resolution // described.vae_factor
     prepared = prepare_unet(
         blank_unet(described),
@@ -86,7 +86,6 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype, ran
         attention="sdpa",  # all keep the same for the backward
         param_dtype=section.param_dtype,
     )
-    sums = prepared.masters is not None and config.sums_gradients(ranks)
     unet: UNet2DConditionModel = prepared.unet
     if section.gradient_checkpointing:
         unet.enable_gradient_checkpointing(
@@ -109,14 +108,14 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype, ran
             )[0]
         weighted_mse(predicted, target, weights)[0].backward()
 
-    # Gradients that are added to the masters' are freed after each micro-step.
-    return count(unet, run, keeps_grads=not sums)
+    return count(unet, run)
 
 
 def _encoders(config: RunConfig, described: Described, dtype: torch.dtype) -> Encoders:
     vae, text_encoder = blank_encoders(config.model, described)
     tokens = torch.zeros(1, described.tokenizer.model_max_length, dtype=torch.int64, device="meta")
-    return Encoders(vae, text_encoder, tokens, torch.device("meta"), dtype)
+    fused = not config.precision.plain
+    return Encoders(vae, text_encoder, tokens, torch.device("meta"), dtype, fused=fused)
 
 
 def _count_encoders(encoders: Encoders, config: RunConfig, described: Described) -> Work:
@@ -141,12 +140,15 @@ def memory_bytes(counted: Counted, config: RunConfig, images: int, ranks: int) -
         images: of a micro-batch.
     """
     halves = config.precision.param_dtype == "bf16"
-    buckets = 2 if halves and ranks > 1 else 0  # DDP keeps its own; else they come and go
-    sums = 4 if not halves or config.sums_gradients(ranks) else 2  # or the one gradient itself
+    sums = halves and config.sums_gradients(ranks)  # beside the gradients of the copies
+    # What is sent by the masters' hook is not given back while a graph lives.
+    sent = 2 if config.precision.all_reduce_dtype == "bf16" else 4
+    sent *= sums and ranks > 1 and config.precision.cuda_graphs != "off"
     parts = {
         "parameters": counted.parameters * (2 if halves else 4),
         "fp32 masters": counted.parameters * 4 * halves,
-        "gradients": counted.parameters * (sums + buckets),
+        "gradients": counted.parameters * (2 + 4 * sums if halves else 4),
+        "gradients on their way": counted.parameters * sent,
         "moments": counted.parameters * moment_bytes(config.optim),
         "averages (EMA)": counted.parameters * 4 * config.optim.use_ema,
         "VAE and text encoder": counted.encoder_bytes,
@@ -242,7 +244,7 @@ def _optimizer_bytes(config: RunConfig, ranks: int) -> float:
     gradient = 2 if halves and not sums else 4  # read for its norm and for its step
     moved = 2 * read_and_written + 3 * gradient + 2 * halves
     if halves and sums:  # each micro-step's gradient to the masters'
-        moved += 10 * config.loop.gradient_accumulation_steps
+        moved += 12 * config.loop.gradient_accumulation_steps
     one_pass = optim.adam_moments_dtype == "bf16" or not (section.plain or optim.use_8bit_adam)
     if optim.use_ema and not one_pass:
         moved += 24  # the difference, scaled, is written and read between

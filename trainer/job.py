@@ -114,7 +114,7 @@ class Job:
         wanted = section.cuda_graphs == "on" or (
             section.cuda_graphs == "auto" and self.kernels_run and not self.optimizer.eight_bit
         )
-        return Captured(update) if wanted else update
+        return Captured(update, self.world.together) if wanted else update
 
     def _data_parallel(self) -> nn.Module:
         """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled."""
@@ -152,8 +152,14 @@ class Job:
     def encoders(self) -> Encoders:
         """On the device once they are asked for: a run from a cache only validates with them."""
         vae, text_encoder = load_encoders(self.plan.config.model)
-        null_tokens = self.tokenize("")[None]
-        return Encoders(vae, text_encoder, null_tokens, self.world.device, self.plan.dtype)
+        return Encoders(
+            vae,
+            text_encoder,
+            self.tokenize("")[None],
+            self.world.device,
+            self.plan.dtype,
+            fused=self.kernels_run,
+        )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint keeps of it, by part and name."""

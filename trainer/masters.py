@@ -5,13 +5,15 @@ bf16 and are added up, over micro-steps and over ranks, in the masters' fp32.
 Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.1.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..kernels.chunks import WIDE
 
 Hook = Callable[[object, dist.GradBucket], torch.futures.Future[Tensor]]
 
@@ -32,31 +34,36 @@ class Masters:
             name: nn.Parameter(copy.detach().clone()) for name, copy in self.copies.items()
         }
         module.to(torch.bfloat16)
-        self._grads: dict[Tensor, Tensor] = {}  # of each copy, its master's
-        for name, copy in self.copies.items():
-            master = self.named[name]
-            if sums:
-                master.grad = self._grads[copy] = torch.zeros_like(master.data)
-            else:
-                master.grad_dtype = copy.dtype
-        self._in_buckets = False  # DDP's hook takes the last micro-step's gradients
+        self._sums: Tensor | None = None  # all gradients of the masters, in a row
+        self._given: Tensor | None = None  # of the copies
+        if sums:
+            self._sums = _gradients_of(list(self.named.values()), torch.float32)
+            self._given = _gradients_of(list(self.copies.values()), torch.bfloat16)
+        else:
+            for name, copy in self.copies.items():
+                self.named[name].grad_dtype = copy.dtype
 
     @torch.no_grad()
     def take_gradients(self, *, last: bool) -> None:
         """Adds the gradients of a micro-step to the masters' and forgets them."""
-        if not self._grads:
+        if self._sums is None:
             for name, copy in self.copies.items():
                 self.named[name].grad = copy.grad
-            return
-        if last and self._in_buckets:
-            return
-        given = {copy: copy.grad for copy in self._grads if copy.grad is not None}
-        torch._foreach_add_([self._grads[copy] for copy in given], list(given.values()))
-        if self._in_buckets:
-            torch._foreach_zero_(list(given.values()))  # they are DDP's
-        else:
-            for copy in given:
-                copy.grad = None
+        elif self._given is not None:
+            self._sums.add_(self._given)
+            self._given.zero_()
+        elif not last:  # else the hook has taken them
+            grads = gradients(self.copies)
+            torch._foreach_add_(gradients(self.named), grads)
+            torch._foreach_zero_(grads)
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients, also of an update that was not ended."""
+        for row in (self._sums, self._given):
+            if row is not None:
+                row.zero_()
+        if self._sums is None and (grads := gradients(self.copies)):
+            torch._foreach_zero_(grads)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -88,11 +95,14 @@ class Masters:
         Args:
             dtype: that travels.
         """
-        self._in_buckets = True
+        self._given = None  # DDP's buckets hold them
+        of: dict[Tensor, Tensor] = {c: self.named[name] for name, c in self.copies.items()}
+        for copy in of:
+            copy.grad = None
 
         def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
             received = bucket.buffer()
-            grads = [self._grads[parameter] for parameter in bucket.parameters()]
+            grads: list[Any] = [of[parameter].grad for parameter in bucket.parameters()]
             torch._foreach_add_(grads, bucket.gradients())
             sent = torch.cat([_in_memory(grad) for grad in grads]).to(dtype).div_(ranks)
             work: Any = dist.all_reduce(sent, async_op=True)
@@ -120,6 +130,25 @@ def reduce_in_bf16(ranks: int) -> Hook:
         return work.get_future().then(lambda done: mean.copy_(done.value()[0]))
 
     return hook
+
+
+def gradients(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
+    """Those that there are."""
+    return [p.grad for p in parameters.values() if p.grad is not None]
+
+
+def _gradients_of(parameters: list[nn.Parameter], dtype: torch.dtype) -> Tensor:
+    """Gives each a gradient, all of them one row of zeros: one kernel adds or clears it.
+
+    Sizes that would take wide loads from what comes behind them are last.
+    """
+    row = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
+    start = 0
+    for parameter in sorted(parameters, key=lambda p: p.numel() % WIDE != 0):
+        part = row[start : start + parameter.numel()]
+        parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+        start += parameter.numel()
+    return row
 
 
 def _in_memory(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .config import OptimConfig
 from .draws import Purpose
 from .ema import Ema
 from .errors import UsageError
-from .masters import Masters
+from .masters import Masters, gradients
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,8 +98,7 @@ class AdamW:
 
     def grad_norm(self) -> Tensor:
         """[] fp32, the L2 norm of all gradients as they lie."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return nn.utils.get_total_norm(grads)
+        return nn.utils.get_total_norm(gradients(self.parameters))
 
     def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
         """Moves the parameters by the gradients times a factor, then the averages and copies.
@@ -128,8 +127,12 @@ class AdamW:
             self.masters.publish()
 
     def zero_grad(self) -> None:
-        # Not to None: DDP's buckets hold the gradients, and accumulation would need a second copy.
-        self.optimizer.zero_grad(set_to_none=False)
+        # Not to None: DDP's buckets hold the gradients, and a graph finds them where they were.
+        if self.masters is not None:
+            self.masters.zero_grad()
+            return
+        if grads := gradients(self.parameters):
+            torch._foreach_zero_(grads)
 
     def state(self) -> dict[str, Tensor]:
         """{"parameter.moment": tensor}, for instance conv_in.weight.exp_avg."""

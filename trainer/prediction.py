@@ -90,10 +90,9 @@ class Prediction:
         return pairs * self.shape.pair_bytes, (pairs + 1) * self.shape.text_bytes
 
     def _count(self, config: RunConfig) -> Counted:
-        sums = config.sums_gradients(self.ranks)
-        counted_by = config.data, config.validation, config.precision, sums
+        counted_by = config.data, config.validation, config.precision
         if counted_by not in self._counts:
-            self._counts[counted_by] = count_run(config, self.described, self.ranks)
+            self._counts[counted_by] = count_run(config, self.described)
         return self._counts[counted_by]
 
     def _largest(self, config: RunConfig) -> int:

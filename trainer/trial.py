@@ -105,13 +105,13 @@ class TrialRun:
             for part in text_encoder.modules():
                 for _, buffer in part.named_buffers(recurse=False):
                     buffer.zero_()
-            self.encoders = Encoders(vae, text_encoder, self._zeros(1).tokens, device, self.dtype)
+            tokens = self._zeros(1).tokens
+            self.encoders = Encoders(vae, text_encoder, tokens, device, self.dtype, fused=fused)
 
     def update(self, images: int) -> None:
         """A few whole updates of a micro-batch of so many images."""
         if self.prepared.masters is not None:
-            for copy in self.prepared.masters.copies.values():
-                copy.grad = None  # of an update that ran out of memory
+            self.prepared.masters.zero_grad()  # of an update that ran out of memory
         for _ in range(STEPS):
             train_step(
                 self.prepared.unet,

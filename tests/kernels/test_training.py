@@ -4,13 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from tiny import save_tiny_pipeline
+from transformers import CLIPTextModel
 
 from fusedit.kernels import edit_input, weighted_mse
+from fusedit.kernels.unet import FusedResnetBlock
 from fusedit.trainer.config import Format
 from fusedit.trainer.diffusion import Diffusion
-from fusedit.trainer.encoders import Samples
+from fusedit.trainer.encoders import Encoders, Samples
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.unet import grow_conv_in, prepare_unet
 
@@ -83,3 +85,23 @@ def test_the_trainers_kernels_run_under_autocast(param_dtype, tmp_path, launches
         return float(sum((found[name] - v).norm() / v.norm() for name, v in truth.items()))
 
     assert error(fused) <= 1.5 * error(plain)
+
+
+def test_the_vae_encodes_by_our_norms(tmp_path, launches, device):
+    base = save_tiny_pipeline(tmp_path / "base")
+    images = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
+    found = []
+    for fused, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
+        vae = AutoencoderKL.from_pretrained(base / "vae")
+        text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+        tokens = torch.full((1, 8), 3)
+        where = torch.device(device)
+        encoders = Encoders(vae, text_encoder, tokens, where, dtype, fused=fused)
+        before = len(launches)
+        found.append(encoders.encode_images(*images))
+        blocks = sum(type(m) is FusedResnetBlock for m in vae.modules())
+        assert len(launches) - before == 2 * blocks == (2 * blocks if fused else 0)
+        assert not fused or blocks > 1
+    for plain, ours, rounded in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rounded.float(), plain, rtol=0.05, atol=0.05)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import output_and_gradients
 from diffusers import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from fusedit.benchmarks.shapes import shapes
@@ -263,6 +264,26 @@ def test_gradient_checkpointing_changes_no_bit(device):
     kept = outcome(model, given)
     model.enable_gradient_checkpointing()
     assert all(torch.equal(value, kept[name]) for name, value in outcome(model, given).items())
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_an_image_is_doubled_where_it_lies(batch):
+    plain = Upsample2D(8, use_conv=True).to(memory_format=torch.channels_last)
+    fused = nn.Sequential(copy.deepcopy(plain))
+    fuse(fused, ops=["group_norm"])
+    assert isinstance(fused[0], Fused)
+    assert type(fused[0]).__name__ == "Upsample2D"
+    images = torch.randn(batch, 8, 3, 5).to(memory_format=torch.channels_last)
+    results = []
+    for module in (plain, fused):
+        leaf = images.clone(memory_format=torch.preserve_format).requires_grad_()
+        out = module(leaf)
+        direction = torch.ones_like(out).cumsum(0)
+        results.append((out, *torch.autograd.grad(out, [leaf, *module.parameters()], direction)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert results[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert results[1][1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_what_cannot_be_fused_is_named_and_left(device):

@@ -33,10 +33,10 @@ def counts():
 def here(inputs, counts, monkeypatch):
     """Beside the inputs; what was counted once is not counted again, for it takes a second."""
 
-    def count_once(config, described, ranks):
-        key = config.model, config.data, config.precision, config.sums_gradients(ranks)
+    def count_once(config, described):
+        key = config.model, config.data, config.precision
         if key not in counts:
-            counts[key] = estimate.count_run(config, described, ranks)
+            counts[key] = estimate.count_run(config, described)
         return counts[key]
 
     monkeypatch.chdir(inputs)
