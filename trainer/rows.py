@@ -83,7 +83,9 @@ class TableRows:
         self._edited = _image_column(table, section, "edited_image_column", where, folder)
         self._prompt = _column(table, section, "edit_prompt_column", where)
         table = table.with_format(None)
-        table = table.select_columns([*{self._original, self._edited, self._prompt}])
+        # Each once, in an order that is not a set's: it is part of the table's fingerprint.
+        columns = dict.fromkeys((self._original, self._edited, self._prompt))
+        table = table.select_columns([*columns])
         for column in (self._original, self._edited):
             if not _holds_text(table, column):
                 table = table.cast_column(column, datasets.Image(decode=False))

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -518,3 +521,25 @@ def test_a_truncated_image_raises(file, tmp_path):
     truncate(tmp_path / file)
     with pytest.raises(ValueError, match=r"it cannot be decoded|it is no image"):
         load_image(tmp_path / file)
+
+
+def test_another_process_finds_the_same_fingerprint(tmp_path):
+    """The order of a set of strings is another one in each process."""
+    (tmp_path / "rows").mkdir()
+    parquet_file(tmp_path / "rows", tmp_path / "raw")
+    code = (
+        "from fusedit.trainer.config import DataConfig\n"
+        "from fusedit.trainer.rows import open_rows\n"
+        f"print(open_rows(DataConfig(train_data_dir={str(tmp_path / 'rows')!r})).fingerprint())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(1, 5)
+    }
+    assert len(told) == 1
