@@ -10,6 +10,8 @@ import socket
 import sys
 from pathlib import Path
 
+GRACE_S = 10
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["fusedit.trainer.run"])
 
@@ -37,6 +39,8 @@ class Ranks:
         for process in self.processes:
             process.join(timeout_s)
             if process.exitcode != 0:
+                for other in self.processes:  # a mistake ends all alike, some a moment later
+                    other.join(GRACE_S)
                 self.kill(self.processes)
         return [process.exitcode for process in self.processes]
 
