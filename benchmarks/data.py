@@ -218,12 +218,11 @@ PARTS = {"cache": measure_cache, "loader": measure_loader}
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.data", str(__doc__))
-    flags.add_argument("--out", type=Path, required=True, help="a folder")
+    flags.add_record()
     flags.add_argument("--name", default="data", help="of the file")
     flags.add_argument("--folder", type=Path, help="where the cache is put; default: for temporary")
     flags.add_argument("--only", choices=list(PARTS), help="default: both")
     flags.add_argument("--batch", type=positive, default=16, help="samples of a micro-batch")
-    flags.add_argument("--commit", help="for a tree without .git")
     chosen = flags.parse_args(argv)
     if chosen.folder is not None and not chosen.folder.is_dir():
         flags.error(f"--folder {chosen.folder}: there is no such folder")

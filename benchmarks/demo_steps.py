@@ -8,6 +8,7 @@ layer takes and gives, its weights, and the gradients of all these, are rounded_
 rounded_once_more in fp32; gradients_to_bf16 rounds the weights' gradients alone.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ..launch.demo.run import BASE, BATCH, FULL, RESOLUTION, save_pairs
+from ..launch.demo.run import BATCH, FULL, save_pairs, step_flags
 from ..launch.flags import parse
 from ..launch.train import make_world, quiet_libraries
 from ..trainer import job
 from ..trainer.log import LOG_FILE
 from ..trainer.optim import AdamW
 from ..trainer.run import train
+from .flags import Flags, positive
 
 WARM_UP = 0.2  # of the steps; not in the speed
 CHILD_LOG = "output.txt"
@@ -59,25 +61,33 @@ def demo_data(folder: Path) -> Path:
 
 
 def demo_flags(data: Path, batch: int = BATCH) -> list[str]:
-    """Those that decide what the demo's steps compute; tests hold them equal to launch/demo/run.py.
+    """Those that decide what the demo's steps compute.
 
     Args:
         batch: of a micro-step of one rank.
     """
-    settings = {
-        "pretrained_model_name_or_path": BASE,
-        "train_data_dir": data,
-        "resolution": RESOLUTION,
-        "train_batch_size": batch,
-        "max_train_steps": FULL.steps,
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": FULL.steps // 20,
-        "ema_decay": 0.998,
-        "conditioning_dropout_prob": 0.05,
-        "held_out": FULL.pairs // 50,
-    }
+    settings = step_flags(FULL, data, batch)
     return ["--use_ema", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def parse_steps(
+    argv: Sequence[str] | None, name: str, description: str, steps: int, *, least: int
+) -> argparse.Namespace:
+    """The flags of a benchmark of such runs.
+
+    Args:
+        name: of its module and, unless --name says otherwise, of its files.
+        steps: of a run by default; `least` is the fewest that can be asked for.
+    """
+    flags = Flags(f"fusedit.benchmarks.{name}", description)
+    flags.add_record()
+    flags.add_argument("--name", default=name, help="of the files")
+    flags.add_argument("--work", type=Path, default=Path("runs/ledger"), help="data, cache, runs")
+    flags.add_argument("--steps", type=positive, default=steps, help="of each run")
+    chosen = flags.parse_args(argv)
+    if not least <= chosen.steps <= FULL.steps:
+        flags.error(f"--steps must be from {least} to {FULL.steps}, got {chosen.steps}")
+    return chosen
 
 
 def run_steps(

@@ -20,6 +20,11 @@ class Flags(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_record(self) -> None:
+        """--out and --commit, of a record that is always written."""
+        self.add_argument("--out", type=Path, required=True, help="a folder")
+        self.add_argument("--commit", help="for a tree without .git")
+
     def error(self, message: str) -> NoReturn:
         """Argparse's own messages too: "argument --op: invalid choice: ..."."""
         unknown = re.match(r"unrecognized arguments: (\S+)", message)

@@ -38,8 +38,7 @@ BARS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of compiled against eager,
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.gpu", str(__doc__))
     flags.add_argument("part", choices=list(PARTS))
-    flags.add_argument("--out", type=Path, required=True, help="a folder")
-    flags.add_argument("--commit", help="for a tree without .git")
+    flags.add_record()
     flags.add_argument("--limit_s", type=positive, default=200, help="of the tests")
     chosen = flags.parse_args(argv)
     if chosen.part != "tests" and not torch.cuda.is_available():

@@ -26,10 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..launch.demo.run import BATCH, FULL
+from ..launch.demo.run import BATCH
 from . import harness, report
-from .demo_steps import RunFailed, Steps, demo_data, demo_flags, run_steps
-from .flags import Flags, positive
+from .demo_steps import RunFailed, Steps, demo_data, demo_flags, parse_steps, run_steps
 from .harness import Record, say
 from .timing import timing
 
@@ -245,16 +244,7 @@ def table(record: Record) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = Flags("fusedit.benchmarks.ledger", str(__doc__))
-    flags.add_argument("--out", type=Path, required=True, help="a folder")
-    flags.add_argument("--name", default="ledger", help="of the files")
-    flags.add_argument("--work", type=Path, default=Path("runs/ledger"), help="data, cache, runs")
-    flags.add_argument("--steps", type=positive, default=STEPS, help="of each run")
-    flags.add_argument("--commit", help="for a tree without .git")
-    chosen = flags.parse_args(argv)
-    if not LEAST_STEPS <= chosen.steps <= FULL.steps:
-        flags.error(f"--steps must be from {LEAST_STEPS} to {FULL.steps}, got {chosen.steps}")
-    return chosen
+    return parse_steps(argv, "ledger", str(__doc__), STEPS, least=LEAST_STEPS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,6 @@ Exit codes: 0 done, 1 a wrong answer, 2 a mistake in the flags. Needs diffusers,
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -161,8 +160,7 @@ def measure(record: Record, timer: Timer, shapes: Sequence[torch.Size]) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.optimizer", str(__doc__))
-    flags.add_argument("--out", type=Path, required=True, help="a folder")
-    flags.add_argument("--commit", help="for a tree without .git")
+    flags.add_record()
     chosen = flags.parse_args(argv)
     if not torch.cuda.is_available():
         flags.error("there is no GPU here to time on; run it where there is one")

@@ -275,11 +275,10 @@ def released() -> Iterator[None]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.step", str(__doc__))
-    flags.add_argument("--out", type=Path, required=True, help="a folder")
+    flags.add_record()
     flags.add_argument("--case", type=case_of, nargs="+", default=[case_of(text) for text in CASES])
     flags.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
     flags.add_argument("--limit_s", type=positive, help="no new row after so long")
-    flags.add_argument("--commit", help="for a tree without .git")
     chosen = flags.parse_args(argv)
     if not torch.cuda.is_available():
         flags.error("there is no GPU here to time on; run it where there is one")

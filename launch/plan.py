@@ -25,7 +25,7 @@ from ..trainer.data import split_rows
 from ..trainer.errors import UsageError
 from ..trainer.estimate import GIB
 from ..trainer.gpus import GPUS, Gpu, gpu_named, gpu_of_device
-from ..trainer.plan import default_cache, set_numerics
+from ..trainer.plan import check_precision, default_cache, set_numerics
 from ..trainer.prediction import Data, Prediction
 from ..trainer.pretrained import check_resolution, describe
 from ..trainer.rows import open_rows
@@ -48,8 +48,9 @@ def main(argv: list[str]) -> int:
     try:
         gpu = gpu_named(asked.gpu or gpu_of_this_machine())
         ranks = asked.nproc_per_node or max(torch.cuda.device_count(), 1)
-        config = with_gpu_defaults(parse(flags).run, gpu)
+        config = parse(flags).run
         check(config)
+        config = with_gpu_defaults(config, gpu)
         quiet_libraries()
         described = describe(config.model)
         check_resolution(config.data.resolution, described)
@@ -87,12 +88,8 @@ def with_gpu_defaults(config: RunConfig, gpu: Gpu) -> RunConfig:
     precision = config.precision.mixed_precision or ("bf16" if gpu.has_bf16 else "no")
     if precision == "bf16" and not gpu.has_bf16:
         raise UsageError(f"--mixed_precision bf16: a {gpu.name} has no bf16 products; take fp16")
-    if config.precision.param_dtype == "bf16" and precision != "bf16":
-        raise UsageError(
-            f"--param_dtype bf16 needs --mixed_precision bf16, got {precision}; or leave it out"
-        )
+    check_precision(config, precision, on_gpu=True)
     section = dataclasses.replace(config.precision, mixed_precision=precision)
-    config.data.check_cache()
     data = config.data.with_cache(default_cache(config))
     return dataclasses.replace(config, precision=section, data=data)
 

@@ -112,6 +112,13 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
 
 
+def save_tiny_inputs(folder: Path, count: int = 8) -> Path:
+    """A folder with such a pipeline, base, and such a dataset, data."""
+    save_tiny_pipeline(folder / "base")
+    save_tiny_dataset(folder / "data", count=count)
+    return folder
+
+
 def save_tiny_dataset(folder: Path, count: int = 8, size: tuple[int, int] = (24, 20)) -> Path:
     """Writes `count` pairs of PNGs of `size` (width, height) and the metadata.jsonl naming them."""
     folder = Path(folder)

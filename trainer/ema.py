@@ -24,7 +24,7 @@ class Ema:
         self,
         named: Mapping[str, nn.Parameter],
         decay: float,
-        publish: Callable[[], None] = lambda: None,
+        publish: Callable[[], None] | None = None,
     ) -> None:
         self.parameters, self.decay, self.publish = dict(named), decay, publish
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -63,7 +63,8 @@ class Ema:
     def _exchange(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data, self.averages[name] = self.averages[name], parameter.data
-        self.publish()
+        if self.publish is not None:
+            self.publish()
 
     def load_state(self, averages: dict[str, Tensor]) -> None:
         for name, average in averages.items():

@@ -11,7 +11,7 @@ from .cache import CachedBatch, CachedPairs
 from .captured import Captured, Update
 from .compiled import check_gradients, compile_unet
 from .config import Compile
-from .data import EditPairs, PixelBatch, collate, make_tokenize
+from .data import EditPairs, PixelBatch, Source, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
 from .encoders import Encoders, Samples, SideStream
@@ -62,8 +62,8 @@ class Job:
         named = prepared.parameters
         self.ema = None
         if config.optim.use_ema:
-            publish = {} if self.masters is None else {"publish": self.masters.publish}
-            self.ema = Ema(named, config.optim.ema_decay, **publish)
+            publish = None if self.masters is None else self.masters.publish
+            self.ema = Ema(named, config.optim.ema_decay, publish)
         self.optimizer = make_optimizer(
             named,
             config.optim,
@@ -160,6 +160,11 @@ class Job:
             self.plan.dtype,
             fused=self.kernels_run,
         )
+
+    @property
+    def source(self) -> Source:
+        """What micro-batches are taken from."""
+        return self.pairs if self.cached is None else self.cached
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint keeps of it, by part and name."""

@@ -51,7 +51,8 @@ class Masters:
                 self.named[name].grad = copy.grad
         elif self._given is not None:
             self._sums.add_(self._given)
-            self._given.zero_()
+            if not last:  # else the next update's zero_grad does
+                self._given.zero_()
         elif not last:  # else the hook has taken them
             grads = gradients(self.copies)
             torch._foreach_add_(gradients(self.named), grads)

@@ -175,7 +175,8 @@ def _check_attention(section: PrecisionConfig, precision: str, on_gpu: bool) -> 
         raise UsageError(f"{flag} is not --deterministic; with that take auto, triton or flash")
 
 
-def _check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
+def check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
+    """Raises UsageError for formats and graphs that do not go with this --mixed_precision."""
     section = config.precision
     if section.param_dtype == "bf16" and precision != "bf16":
         raise UsageError(
@@ -203,7 +204,7 @@ def _with_machine_defaults(config: RunConfig, world: World) -> RunConfig:
     if precision == "fp16" and not on_gpu:
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no")
     _check_attention(config.precision, precision, on_gpu)
-    _check_precision(config, precision, on_gpu)
+    check_precision(config, precision, on_gpu)
     default = default_cache(config) if on_gpu else None
     report_to = config.output.report_to
     if "all" in report_to.split(","):  # those that are installed

@@ -80,7 +80,7 @@ class Run:
     """The parts of a run, and what is done with them between steps."""
 
     def __init__(self, plan: Plan, world: World, command: str, cached: CachedPairs | None) -> None:
-        self.plan, self.world, self.command, self.cached = plan, world, command, cached
+        self.plan, self.world, self.command = plan, world, command
         self.job = Job(plan, world, cached)
         self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
@@ -111,8 +111,7 @@ class Run:
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
         meter = Meter(world.device)
-        source = job.pairs if self.cached is None else self.cached
-        windows = Windows(source, loop, data, world, self.step, plan.total_steps)
+        windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
                 window, verdict, messages = windows.take(stop_requested())

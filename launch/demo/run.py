@@ -122,14 +122,17 @@ def _png(image: PILImage) -> bytes:
 # Training.
 
 
-def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
-    ranks = torch.cuda.device_count() or 2
-    flags = {
+def step_flags(size: Size, data: Path, batch: int) -> dict[str, object]:
+    """Those that decide what its steps compute, beside --use_ema.
+
+    Args:
+        batch: of a micro-step of one rank.
+    """
+    return {
         "pretrained_model_name_or_path": BASE,
         "train_data_dir": data,
-        "output_dir": output,
         "resolution": RESOLUTION,
-        "train_batch_size": max(1, BATCH // ranks),
+        "train_batch_size": batch,
         "max_train_steps": size.steps,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
@@ -137,6 +140,13 @@ def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
         "ema_decay": 0.998,
         "conditioning_dropout_prob": 0.05,
         "held_out": size.pairs // 50,
+    }
+
+
+def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
+    ranks = torch.cuda.device_count() or 2
+    flags = step_flags(size, data, max(1, BATCH // ranks)) | {
+        "output_dir": output,
         "validation_steps": max(size.steps // 3, 1),
         "validation_guidance_scale": GUIDANCE,
         "validation_image_guidance_scale": IMAGE_GUIDANCE,

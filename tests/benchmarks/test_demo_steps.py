@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_inputs
 from torch import nn
 
 from fusedit.benchmarks import demo_steps
@@ -19,10 +19,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=16)
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 16)
 
 
 @pytest.fixture

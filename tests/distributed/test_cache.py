@@ -5,17 +5,14 @@ import time
 import pytest
 from ranks import Ranks, run
 from safetensors.torch import load_file
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_dataset, save_tiny_inputs
 
 COUNT = 200  # two rounds of shards for two ranks
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=COUNT)
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), COUNT)
 
 
 def _flags(inputs, cache, output):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from ranks import Ranks, run
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_inputs
 
 STEPS, KILLS = 20, 5
 STATE = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -18,10 +18,7 @@ STATE = ("unet.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=15)
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 15)
 
 
 def _flags(inputs, output, ranks, *more):

@@ -4,17 +4,15 @@ import pytest
 import torch
 from ranks import run
 from safetensors.torch import load_file
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_inputs
 
 STEPS = 20
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=20)  # 20 rows, 8 a step: the last window has 4
-    return folder
+    # 20 rows, 8 a step: the last window has 4
+    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 20)
 
 
 def _train(inputs, tmp_path, name, ranks, batch, micro_steps, *more):

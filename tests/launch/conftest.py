@@ -5,15 +5,12 @@ import signal
 
 import pytest
 import torch
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_inputs
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=8)
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 8)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from tiny import save_tiny_dataset, save_tiny_pipeline
+from tiny import save_tiny_inputs, save_tiny_pipeline
 
 from fusedit.launch import cli, plan
 from fusedit.trainer import estimate, gpus, prediction
@@ -18,10 +18,7 @@ IMAGES = 64
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    save_tiny_pipeline(folder / "base")
-    save_tiny_dataset(folder / "data", count=20)
-    return folder
+    return save_tiny_inputs(tmp_path_factory.mktemp("plan"), 20)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from fusedit.trainer.config import (
     RunConfig,
 )
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.plan import _check_attention, _check_precision, _notes, default_cache
+from fusedit.trainer.plan import _check_attention, _notes, check_precision, default_cache
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_crops_are_kept_somewhere():
 )
 def test_formats_and_graphs_that_cannot_be_are_refused(settings, precision, on_gpu, message):
     with pytest.raises(UsageError, match=message):
-        _check_precision(RunConfig(precision=PrecisionConfig(**settings)), precision, on_gpu)
+        check_precision(RunConfig(precision=PrecisionConfig(**settings)), precision, on_gpu)
 
 
 def test_what_excludes_each_other_is_refused():
@@ -130,9 +130,9 @@ def test_what_excludes_each_other_is_refused():
         precision=PrecisionConfig(cuda_graphs="on"), optim=OptimConfig(use_8bit_adam=True)
     )
     with pytest.raises(UsageError, match="--cuda_graphs on is not --use_8bit_adam"):
-        _check_precision(graphs, "bf16", True)
+        check_precision(graphs, "bf16", True)
     with pytest.raises(UsageError, match="--cuda_graphs on is not --plain"):
         PrecisionConfig(cuda_graphs="on", plain=True)
     with pytest.raises(UsageError, match="--adam_moments_dtype bf16 is not --use_8bit_adam"):
         OptimConfig(use_8bit_adam=True, adam_moments_dtype="bf16")
-    _check_precision(RunConfig(precision=PrecisionConfig(param_dtype="bf16")), "bf16", False)
+    check_precision(RunConfig(precision=PrecisionConfig(param_dtype="bf16")), "bf16", False)
