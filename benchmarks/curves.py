@@ -162,7 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
-    path = flags.out / f"{flags.name}.json"
+    path = flags.out / "curves.json"
     words = list(sys.argv[1:] if argv is None else argv)
     fresh = harness.new_record("curves", words, flags.commit)
     record = harness.resumed(path, fresh)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["rows"] = rows(curves, flags.steps)
     *_, source = report.heading(record).splitlines()
     plot(curves, source, path.with_suffix(".png"))
-    return report.finish(record, path)
+    return report.finish(record, path, flags.compare)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,6 @@ PARTS = {"cache": measure_cache, "loader": measure_loader}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.data", str(__doc__))
     flags.add_record()
-    flags.add_argument("--name", default="data", help="of the file")
     flags.add_argument("--folder", type=Path, help="where the cache is put; default: for temporary")
     flags.add_argument("--only", choices=list(PARTS), help="default: both")
     flags.add_argument("--batch", type=positive, default=16, help="samples of a micro-batch")
@@ -236,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, measure in PARTS.items():
         if flags.only in (None, name):
             measure(record, flags.folder, flags.batch)
-    code = report.finish(record, flags.out / f"{flags.name}.json")
+    code = report.finish(record, flags.out / "data.json", flags.compare)
     for row in record["rows"]:
         print(f"{row['name']}: {told(row)}")
     return code

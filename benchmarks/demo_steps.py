@@ -76,12 +76,11 @@ def parse_steps(
     """The flags of a benchmark of such runs.
 
     Args:
-        name: of its module and, unless --name says otherwise, of its files.
+        name: of its module.
         steps: of a run by default; `least` is the fewest that can be asked for.
     """
     flags = Flags(f"fusedit.benchmarks.{name}", description)
     flags.add_record()
-    flags.add_argument("--name", default=name, help="of the files")
     flags.add_argument("--work", type=Path, default=Path("runs/ledger"), help="data, cache, runs")
     flags.add_argument("--steps", type=positive, default=steps, help="of each run")
     chosen = flags.parse_args(argv)

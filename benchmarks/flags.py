@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from .harness import read
+from .harness import Record, read
 from .shapes import shapes
 
 
@@ -21,8 +21,11 @@ class Flags(argparse.ArgumentParser):
         )
 
     def add_record(self) -> None:
-        """--out and --commit, of a record that is always written."""
+        """--out, --compare and --commit, of a record that is always written."""
         self.add_argument("--out", type=Path, required=True, help="a folder")
+        self.add_argument(
+            "--compare", type=existing_record, help="an earlier record, of such a machine"
+        )
         self.add_argument("--commit", help="for a tree without .git")
 
     def error(self, message: str) -> NoReturn:
@@ -54,12 +57,16 @@ def several_presets(text: str) -> list[str]:
     return names
 
 
-def existing_file(text: str) -> Path:
-    """A record's file that can be read."""
-    path = Path(text)
+def existing_record(text: str) -> Record:
+    """What a record's file holds."""
     try:
-        read(path)
+        return read(Path(text))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(f"{text!r}: {reason}; give a record's file") from None
-    return path
+
+
+def existing_file(text: str) -> Path:
+    """A record's file that can be read."""
+    existing_record(text)
+    return Path(text)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = harness.new_record("gpu", words, flags.commit)
     record["benchmark"] = flags.part
     PARTS[flags.part](record, flags)
-    return report.finish(record, flags.out / f"{flags.part}.json")
+    return report.finish(record, flags.out / f"{flags.part}.json", flags.compare)
 
 
 def find_ceilings(record: Record, flags: argparse.Namespace) -> None:

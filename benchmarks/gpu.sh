@@ -6,7 +6,7 @@
 #
 #   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
 #   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
-#            Three more want a call of their own: attention; step, after attention was chosen;
+#            Three more want a call of their own: attention; update, after attention was chosen;
 #            ledger, which needs what the trainer does (datasets, tyro, torchmetrics, ...).
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
@@ -23,7 +23,7 @@ OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
-KNOWN="ceilings tests checks kernels optimizer tune attention step ledger"
+KNOWN="ceilings tests checks kernels optimizer tune attention update ledger"
 # Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
 OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
 ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
@@ -116,7 +116,7 @@ everything() {
     --without compile sdpa-efficient flex flash-attn --limit_s "$(seconds 120 35)"
   run attention-choices 30 "$PYTHON" -m fusedit.benchmarks.choose "$OUT/attention.json" \
     "$OUT/attention-4.json" --out "$OUT/attention-choices.json"
-  part step 560 step --limit_s "$(seconds 460 100)"
+  part update 560 update --limit_s "$(seconds 460 100)"
   part ledger 560 ledger --work "$work/ledger"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"

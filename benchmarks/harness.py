@@ -187,14 +187,15 @@ def resumed(path: Path | None, fresh: Record) -> Record:
 
 
 def compare(old: Record, new: Record, by: str = "ours") -> list[str]:
-    """What became worse between two records of one kind of GPU, a line each.
+    """What became worse between two records of one kind of machine, a line each.
 
     Rows that only one of them has are not compared: a run may be of few ops.
-    Raises: ValueError, if the GPUs differ or no row is in both.
+    Raises: ValueError, if the machines differ or no row is in both.
     """
-    gpus = [record["provenance"]["machine"]["gpu"] for record in (old, new)]
-    if gpus[0] != gpus[1]:
-        raise ValueError(f"measured on another machine: {gpus[0]}, this is {gpus[1]}")
+    machines = [record["provenance"]["machine"] for record in (old, new)]
+    was, now = (machine["gpu"] or machine["cpu"] for machine in machines)
+    if was != now:
+        raise ValueError(f"measured on another machine: {was}, this is {now}")
     before = {row["name"]: row for row in old["rows"] if row["labels"].get("by") == by}
     pairs = [(before[row["name"]], row) for row in new["rows"] if row["name"] in before]
     if not pairs:

@@ -31,7 +31,7 @@ from . import accuracy, harness, report, tune
 from .accuracy import Inputs
 from .accuracy import Op as Function
 from .directions import FAILURES, directions, timed, told
-from .flags import Flags, existing_file, positive, several_presets
+from .flags import Flags, existing_record, positive, several_presets
 from .harness import Record, Timing, say
 from .ops import DTYPES, OPS, PRESETS, Case, cases
 from .sweeps import SWEEPS
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of timing")
     flags.add_argument("--out", type=Path, help="a folder; none: the table alone is printed")
     flags.add_argument("--name", type=file_name, default="kernels", help="of the files")
-    flags.add_argument("--compare", type=existing_file, help="a kernels.json of the same GPU")
+    flags.add_argument("--compare", type=existing_record, help="an earlier one, of such a machine")
     flags.add_argument("--tune", action="store_true", help="write the table of block shapes")
     flags.add_argument(
         "--kernel", nargs="+", choices=[what.kernel for what in SWEEPS], help="of --tune, these"
@@ -85,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     if flags.tune:
         return tune.run(flags, words)
-    old = harness.read(flags.compare) if flags.compare else None
     path = flags.out / f"{flags.name}.json" if flags.out else None
     fresh = harness.new_record("kernels", words, flags.commit)
     on_gpu = torch.cuda.is_available()
@@ -114,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             harness.write(record, path)
     else:
         record["complete"] = True
-    return finish(record, path, old, only_json=flags.only_json)
+    return finish(record, path, flags.compare, only_json=flags.only_json)
 
 
-def finish(record: Record, path: Path | None, old: Record | None, *, only_json: bool) -> int:
+def finish(record: Record, path: Path | None, earlier: Record | None, *, only_json: bool) -> int:
     """Table, plot, comparison, exit code."""
     if path:
         harness.write(record, path)
@@ -126,20 +125,7 @@ def finish(record: Record, path: Path | None, old: Record | None, *, only_json: 
         report.plot(record, path.with_suffix(".png"))
     print(report.markdown(record))
     ours = [row for row in record["rows"] if row["labels"]["by"] in ("ours", "definition")]
-    findings = [
-        f"{row['name']}: {row['verdict']}: {row['note']}"
-        for row in ours
-        if row["verdict"] in ("wrong", "failed")
-    ]
-    if old:
-        try:
-            findings += harness.compare(old, record)
-        except ValueError as error:
-            say(f"fusedit.benchmarks.kernels: --compare: {error}")
-            return 2
-    for finding in findings:
-        say(finding)
-    return 1 if findings else 0
+    return report.judged(record, ours, earlier)
 
 
 def measured(

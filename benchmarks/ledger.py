@@ -249,7 +249,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
-    path = flags.out / f"{flags.name}.json"
+    path = flags.out / "ledger.json"
     words = list(sys.argv[1:] if argv is None else argv)
     fresh = harness.new_record("ledger", words, flags.commit)
     record = harness.resumed(path, fresh)
@@ -260,11 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         say(f"fusedit.benchmarks.ledger: what the others are measured by failed: {error}")
         return 1
-    record["complete"] = True
-    harness.write(record, path)
-    path.with_suffix(".md").write_text(table(record))
-    print(table(record))
-    return int(any(row["verdict"] in ("wrong", "failed") for row in record["rows"]))
+    return report.finish(record, path, flags.compare, table(record))
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timer = Timer(torch.device("cuda"))
     record["ceilings"] = ceilings(timer, torch.device("cuda"))
     measure(record, timer, unet_shapes())
-    return report.finish(record, flags.out / "optimizer.json")
+    return report.finish(record, flags.out / "optimizer.json", flags.compare)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .flags import Flags, existing_file
-from .harness import Record, Timing, read, say, write
+from .harness import Record, Timing, compare, read, say, write
 from .timing import MODES
 
 OF_PRODUCTS = ("attention",)  # ops that matrix products bound, not bytes
@@ -18,12 +18,40 @@ NOT_SHIPPED = ("ours", "compile", "flash-attn")  # all others are PyTorch's own 
 COLOURS = {"ours": "#1f6feb", "compile": "#f0883e", "eager": "#9aa0a6"}
 
 
-def finish(record: Record, path: Path) -> int:
-    """Writes and prints a complete record; returns the exit code, 1 if an answer is not right."""
+def finish(record: Record, path: Path, earlier: Record | None = None, table: str = "") -> int:
+    """Writes and prints a complete record, and tells what is not right.
+
+    Args:
+        earlier: a record to compare with.
+        table: what is printed and written beside the record, instead of `markdown`'s.
+
+    Returns: the exit code: 1, if an answer is not right or became slower; 2, if the earlier record
+        cannot be compared.
+    """
     record["complete"] = True
     write(record, path)
-    print(markdown(record))
-    return int(any(row["verdict"] in ("wrong", "failed") for row in record["rows"]))
+    if table:
+        path.with_suffix(".md").write_text(table)
+    print(table or markdown(record))
+    return judged(record, record["rows"], earlier)
+
+
+def judged(record: Record, rows: Iterable[Record], earlier: Record | None) -> int:
+    """Tells which of the rows are not right, and what became slower; the exit code."""
+    findings = [
+        f"{row['name']}: {row['verdict']}" + (f": {row['note']}" if row["note"] else "")
+        for row in rows
+        if row["verdict"] in ("wrong", "failed")
+    ]
+    if earlier is not None:
+        try:
+            findings += compare(earlier, record)
+        except ValueError as error:
+            say(f"fusedit.benchmarks.{record['benchmark']}: --compare: {error}")
+            return 2
+    for finding in findings:
+        say(finding)
+    return int(bool(findings))
 
 
 def markdown(record: Record) -> str:

@@ -46,8 +46,8 @@ def test_a_wrong_answer_has_no_speed(tmp_path, monkeypatch):
 def test_the_loader_delivers_the_samples_of_each_position(tmp_path, monkeypatch, capsys, workers):
     monkeypatch.setattr(data, "WORKERS", (workers,))
     monkeypatch.setattr(data, "JPEGS", data.JPEGS[:1])
-    assert data.main([f"--out={tmp_path}", "--batch=4", "--only=loader", "--name=jpegs"]) == 0
-    (row,) = harness.read(tmp_path / "jpegs.json")["rows"]
+    assert data.main([f"--out={tmp_path}", "--batch=4", "--only=loader"]) == 0
+    (row,) = harness.read(tmp_path / "data.json")["rows"]
     values = row["values"]
     assert row["timings"]["warm"]["runs"] == 3  # those that were ready before are not among them
     assert values["images_per_s"] == pytest.approx(2 * values["samples_per_s"], abs=0.2)

@@ -23,7 +23,8 @@ def check_command(words: list[str], monkeypatch) -> None:
         case ["python", "-m", name, *flags]:
             module = importlib.import_module(name)
             made = record(*both_ways("ours", 1, 1), *both_ways("eager", 1, 1))
-            for reader, found in {"existing_file": Path, "read": lambda path: made}.items():
+            readers = {"existing_file": Path, "existing_record": lambda path: made}
+            for reader, found in (readers | {"read": lambda path: made}).items():
                 if hasattr(module, reader):
                     monkeypatch.setattr(module, reader, found)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -117,3 +117,13 @@ def test_attention_has_a_table_of_its_own_in_operations():
 def test_a_step_of_what_was_not_compiled_is_ours_and_eagers():
     text = report.markdown(record(*both_ways("ours", 2.0, 5.0), *both_ways("eager", 4.0, 10.0)))
     assert "| sd15-512 | attention | 1 | 35 | 70 | 2.00 |" in text
+
+
+def test_a_record_is_compared_with_an_earlier_one(tmp_path, capsys):
+    path = tmp_path / "kernels.json"
+    assert report.finish(record(row(median_ms=1.0)), path, record(row(median_ms=1.01))) == 0
+    assert read(path)["complete"]
+    assert report.finish(record(row(median_ms=1.2)), path, record(row(median_ms=1.0))) == 1
+    assert "1.2 ms, was 1 ms: 20% slower" in capsys.readouterr().err
+    assert report.finish(record(row()), path, record(row(), gpu="Other")) == 2
+    assert "--compare: measured on another machine: Other" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The step's benchmark on a tiny UNet and a CPU: its answers, its record, its mistakes."""
+"""The update's benchmark on a tiny UNet and a CPU: its answers, its record, its mistakes."""
 
 from contextlib import nullcontext
 
@@ -7,10 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from records import refusal
 
-from fusedit.benchmarks import harness, step
+from fusedit.benchmarks import harness, update
 from fusedit.benchmarks.timing import timing
 
-CASE = step.Case("sd15-64:2x2", 64, 2, 2)
+CASE = update.Case("sd15-64:2x2", 64, 2, 2)
 
 
 class Clock:
@@ -38,22 +38,22 @@ def tiny(monkeypatch):
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )  # fmt: skip
 
-    monkeypatch.setattr(step, "make_unet", make)
+    monkeypatch.setattr(update, "make_unet", make)
 
 
 @pytest.mark.parametrize("name", ["plain", "all-bf16", "all-lean"])
 def test_a_way_is_timed_once_its_first_update_is_plain_pytorchs(name, monkeypatch):
-    way = step.WAYS[name]
+    way = update.WAYS[name]
     # Kernels, compilers and graphs need a GPU; the formats do not.
-    own = step.Way(fused=False, param_dtype=way.param_dtype, moments_dtype=way.moments_dtype)
-    monkeypatch.setitem(step.WAYS, name, own)
-    plain = step.first_of_plain(CASE, "cpu")
-    row = step.measured(CASE, name, plain, Clock(), "cpu")
+    own = update.Way(fused=False, param_dtype=way.param_dtype, moments_dtype=way.moments_dtype)
+    monkeypatch.setitem(update.WAYS, name, own)
+    plain = update.first_of_plain(CASE, "cpu")
+    row = update.measured(CASE, name, plain, Clock(), "cpu")
     assert (row["verdict"], row["note"]) == ("right", "")
     assert row["values"]["images_per_s"] == pytest.approx(400)
-    assert row["labels"] == step.labels_of(CASE, name)
+    assert row["labels"] == update.labels_of(CASE, name)
     other = plain._replace(loss=plain.loss * 1.02)
-    row = step.measured(CASE, name, other, Clock(), "cpu")
+    row = update.measured(CASE, name, other, Clock(), "cpu")
     assert (row["verdict"], row["timings"]) == ("wrong", None)
     assert "loss is" in row["note"]
 
@@ -62,8 +62,8 @@ def test_a_way_that_cannot_run_is_a_row(monkeypatch):
     def lacking(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
 
-    monkeypatch.setattr(step, "Job", lacking)
-    row = step.measured(CASE, "all", None, Clock(), "cpu")
+    monkeypatch.setattr(update, "Job", lacking)
+    row = update.measured(CASE, "all", None, Clock(), "cpu")
     assert (row["verdict"], row["note"]) == (
         "failed",
         "OutOfMemoryError: CUDA out of memory. Tried",
@@ -72,9 +72,9 @@ def test_a_way_that_cannot_run_is_a_row(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_is_wrong():
     yes, one = torch.tensor(True), torch.ones(())
-    result = step.StepResult(one, one, one, ~yes)
-    assert step.disagreement(result, None) == "the gradient is not finite"
-    assert step.disagreement(result._replace(applied=yes), None) == ""
+    result = update.StepResult(one, one, one, ~yes)
+    assert update.disagreement(result, None) == "the gradient is not finite"
+    assert update.disagreement(result._replace(applied=yes), None) == ""
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -82,42 +82,42 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     def measured(case, name, plain, timer, device):
         asked.append((case.name, name))
-        return harness.row(step.labels_of(case, name), verdict="right")
+        return harness.row(update.labels_of(case, name), verdict="right")
 
     with monkeypatch.context() as there:
-        there.setattr(step.torch.cuda, "is_available", lambda: True)
+        there.setattr(update.torch.cuda, "is_available", lambda: True)
         cases = ["--case", "sd15-256:64x1", "sd15-256:4x4", "--way", "all", "plain"]
-        flags = step.parse(["--out", str(tmp_path), *cases])
-    monkeypatch.setattr(step, "measured", measured)
-    monkeypatch.setattr(step, "first_of_plain", lambda *_: None)
-    monkeypatch.setattr(step, "profiled", lambda *_: [harness.row({"op": "profile"})])
-    record = harness.new_record("step", [])
-    path = tmp_path / "step.json"
+        flags = update.parse(["--out", str(tmp_path), *cases])
+    monkeypatch.setattr(update, "measured", measured)
+    monkeypatch.setattr(update, "first_of_plain", lambda *_: None)
+    monkeypatch.setattr(update, "profiled", lambda *_: [harness.row({"op": "profile"})])
+    record = harness.new_record("update", [])
+    path = tmp_path / "update.json"
     times = iter([0, 0, 0, 10**6])
-    monkeypatch.setattr(step.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(update.time, "monotonic", lambda: next(times))
     flags.limit_s = 100
-    assert not step.measure(record, flags, Clock(), "cpu", path)
+    assert not update.measure(record, flags, Clock(), "cpu", path)
     assert asked == [("sd15-256:64x1", "all"), ("sd15-256:64x1", "plain")]
     record = harness.read(path)
     flags.limit_s = None
-    monkeypatch.setattr(step.time, "monotonic", lambda: 0)
-    assert step.measure(record, flags, Clock(), "cpu", path)
+    monkeypatch.setattr(update.time, "monotonic", lambda: 0)
+    assert update.measure(record, flags, Clock(), "cpu", path)
     assert asked[2:] == [("sd15-256:4x4", "all"), ("sd15-256:4x4", "plain")]
 
 
 def test_the_profile_names_what_time_goes_to():
-    rows = step.profiled(CASE, Clock(), "cpu")
-    assert len(rows) >= step.TOP
-    assert sum(row["values"]["share"] for row in rows[: step.TOP]) > 0.8
+    rows = update.profiled(CASE, Clock(), "cpu")
+    assert len(rows) >= update.TOP
+    assert sum(row["values"]["share"] for row in rows[: update.TOP]) > 0.8
     assert {row["verdict"] for row in rows} == {"right"}
-    assert step.LAYOUT.search("void cudnn::ops::nchwToNhwcKernel<...>")
+    assert update.LAYOUT.search("void cudnn::ops::nchwToNhwcKernel<...>")
 
 
 @pytest.mark.parametrize("text", ["sd15-256", "sd15-250:4x4", "sd15-256:0x1", "sdxl-1024:4x1"])
 def test_a_case_that_is_none_is_refused(text, tmp_path, capsys):
-    said = refusal(step.main, ["--out", str(tmp_path), "--case", text], capsys)
+    said = refusal(update.main, ["--out", str(tmp_path), "--case", text], capsys)
     assert "--case: must be as in sd15-256:64x1" in said
 
 
 def test_it_needs_a_gpu(tmp_path, capsys):
-    assert "there is no GPU here" in refusal(step.main, ["--out", str(tmp_path)], capsys)
+    assert "there is no GPU here" in refusal(update.main, ["--out", str(tmp_path)], capsys)

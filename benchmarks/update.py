@@ -1,7 +1,7 @@
 """Our update at Stable Diffusion 1.5's true shapes: images a second, memory, and where time goes.
 
-    python -m fusedit.benchmarks.step --out results
-    python -m fusedit.benchmarks.step --case sd15-256:64x1 --way all all-bf16 --out results
+    python -m fusedit.benchmarks.update --out results
+    python -m fusedit.benchmarks.update --case sd15-256:64x1 --way all all-bf16 --out results
 
 Random weights, latents and text as the cache gives them, averages on. A case is PRESET:BATCHxMICRO,
 samples of a micro-step and micro-steps of an update. Before a way is timed its first update must
@@ -188,10 +188,10 @@ def disagreement(result: StepResult, plain: StepResult | None) -> str:
     return ""
 
 
-def labels_of(case: Case, by: str) -> dict[str, str | int]:
+def labels_of(case: Case, way: str) -> dict[str, str | int]:
     shape = f"{case.batch}x{case.micro_steps}"
-    labels: dict[str, str | int] = {"op": "step", "preset": f"sd15-{case.pixels}", "shape": shape}
-    return labels | {"dtype": "bf16", "direction": "update", "by": by}
+    labels: dict[str, str | int] = {"op": "update", "preset": f"sd15-{case.pixels}", "shape": shape}
+    return labels | {"dtype": "bf16", "way": way, "by": "ours"}
 
 
 def first_of_plain(case: Case, device: str) -> StepResult:
@@ -274,7 +274,7 @@ def released() -> Iterator[None]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = Flags("fusedit.benchmarks.step", str(__doc__))
+    flags = Flags("fusedit.benchmarks.update", str(__doc__))
     flags.add_record()
     flags.add_argument("--case", type=case_of, nargs="+", default=[case_of(text) for text in CASES])
     flags.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
@@ -288,8 +288,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
     words = list(sys.argv[1:] if argv is None else argv)
-    path = flags.out / "step.json"
-    record = harness.resumed(path, harness.new_record("step", words, flags.commit))
+    path = flags.out / "update.json"
+    record = harness.resumed(path, harness.new_record("update", words, flags.commit))
     set_numerics(PrecisionConfig())  # as a run has them
     timer = Timer(torch.device("cuda"))
     record["ceilings"] = record["ceilings"] or ceilings(timer, torch.device("cuda"))
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not whole:
         harness.write(record, path)
         return 1
-    return report.finish(record, path)
+    return report.finish(record, path, flags.compare)
 
 
 def measure(
