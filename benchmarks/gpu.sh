@@ -6,8 +6,8 @@
 #
 #   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
 #   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
-#            Three more want a call of their own: attention; update, after attention was chosen;
-#            ledger, which needs what the trainer does (datasets, tyro, torchmetrics, ...).
+#            Five more want a call of their own: attention; update, after attention was chosen;
+#            ledger, data and checkpoint, which need what the trainer does (datasets, tyro, ...).
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
 #            kernel benchmark and attention go on where they stopped
@@ -23,7 +23,7 @@ OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
-KNOWN="ceilings tests checks kernels optimizer tune attention update ledger"
+KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint"
 # Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
 OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
 ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
@@ -118,6 +118,8 @@ everything() {
     "$OUT/attention-4.json" --out "$OUT/attention-choices.json"
   part update 560 update --limit_s "$(seconds 460 100)"
   part ledger 560 ledger --work "$work/ledger"
+  part data 560 data --folder "$work"
+  part checkpoint 560 checkpoint --folder "$work"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)

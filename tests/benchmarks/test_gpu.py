@@ -7,7 +7,7 @@ import pytest
 import torch
 from records import refusal
 
-from fusedit.benchmarks import choose, gpu, harness, kernels, optimizer
+from fusedit.benchmarks import checkpoint, choose, data, gpu, harness, kernels, optimizer
 from fusedit.benchmarks.ops import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,19 @@ def test_attention_is_a_part_of_its_own(script, fake_gpu):
     assert (every.limit_s, few.limit_s) == (420, 120)  # of 570, when the first begins
     read = f"{script.out}/attention.json {script.out}/attention-4.json"
     assert asked[2].endswith(f"choose {read} --out {script.out}/attention-choices.json")
+
+
+def test_data_and_checkpoint_are_parts_of_their_own(script):
+    done, parts, asked = script(PARTS="data checkpoint", COMMIT="abc", FLAGS="--op geglu")
+    assert done.returncode == 0, done.stdout
+    assert parts == ["data", "checkpoint"]
+    for module, line in zip((data, checkpoint), asked, strict=True):
+        words = line.split(f" -m {module.__name__} ")[1].split()
+        folder = words[words.index("--folder") + 1]
+        assert not Path(folder).exists()  # it went with what the script worked in
+        words[words.index("--folder") + 1] = str(script.out)
+        flags = module.parse(words)
+        assert (flags.out, flags.commit, flags.folder) == (script.out, "abc", script.out)
 
 
 def test_other_parts_leave_attention_out(script, fake_gpu):
