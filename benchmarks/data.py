@@ -1,4 +1,4 @@
-"""How many samples a second the real loader delivers, and what it is made of, on the CPU.
+"""How many samples a second the real loader delivers, and what that is made of.
 
     python -m fusedit.benchmarks.data --out results
 

@@ -87,7 +87,7 @@ def test_a_wrong_answer_has_no_speed(measure, monkeypatch, module, name, broken,
     assert all(told in row["note"] and not row["timings"] for row in wrong)
 
 
-def test_what_does_not_fit_says_why(measure, monkeypatch, capsys):
+def test_what_does_not_fit_says_why(measure, tmp_path, monkeypatch, capsys):
     free = SimpleNamespace(free=10 * 10**9)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: free)
     code, rows = measure()
@@ -96,7 +96,7 @@ def test_what_does_not_fit_says_why(measure, monkeypatch, capsys):
     assert rows[-1]["note"] == "needs 28.9 GB of disk, 10.0 are free"
     assert "| sd15 | unchecked: needs 28.9 GB of disk" in capsys.readouterr().out
     assert rows[-1]["verdict"] == "unchecked"
-    assert checkpoint.main(["--out=unused", "--size", "sd15"]) == 2
+    assert checkpoint.main([f"--out={tmp_path}", "--size", "sd15"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "--size sd15 needs 28.9 GB of disk" in said
