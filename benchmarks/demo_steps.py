@@ -99,13 +99,24 @@ def run_steps(
     log = output / LOG_FILE
     if log.exists() and log.read_text().count("\n") == steps:
         return read_steps(log, steps)
-    never = FULL.steps  # steps until a validation or a checkpoint
-    own = ["--overwrite", "--report_to=none", "--log_every=1", f"--validation_steps={never}"]
-    own += [f"--checkpointing_steps={never}", f"--output_dir={output}"]
+    own = unattended(output)
     if any(flag.startswith("--cache_latents") for flag in flags):
         run_module("launch.cache", [*flags, *own], output)
     run_module("benchmarks.demo_steps", [str(steps), loop, *flags, *own], output, ranks)
     return read_steps(log, steps)
+
+
+def unattended(output: Path) -> list[str]:
+    """Flags of a run that starts anew, logs each step, and neither validates nor exports."""
+    never = FULL.steps  # steps until a validation or a checkpoint
+    return [
+        "--overwrite",
+        "--report_to=none",
+        "--log_every=1",
+        f"--validation_steps={never}",
+        f"--checkpointing_steps={never}",
+        f"--output_dir={output}",
+    ]
 
 
 def run_module(name: str, words: Sequence[str], output: Path, ranks: int = 1) -> None:

@@ -6,8 +6,9 @@
 #
 #   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
 #   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
-#            Five more want a call of their own: attention; update, after attention was chosen;
-#            ledger, data and checkpoint, which need what the trainer does (datasets, tyro, ...).
+#            Six more want a call of their own: attention; update, after attention was chosen;
+#            ledger, data, checkpoint and scaling, which need what the trainer does (datasets,
+#            tyro, ...); scaling takes one GPU's speed from an update.json in OUT or FROM.
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
 #            kernel benchmark and attention go on where they stopped
@@ -23,7 +24,7 @@ OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
-KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint"
+KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint scaling"
 # Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
 OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
 ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
@@ -101,7 +102,7 @@ seconds() { # seconds MOST REST: for shapes, with a rest for the last one and wh
 }
 
 everything() {
-  local ops attention
+  local ops attention speed=()
   read -ra ops <<<"--op $OPS"
   read -ra attention <<<"$ATTENTION --only_json"
   part ceilings 60 gpu ceilings
@@ -120,6 +121,8 @@ everything() {
   part ledger 560 ledger --work "$work/ledger"
   part data 560 data --folder "$work"
   part checkpoint 560 checkpoint --folder "$work"
+  grep -qs '^ "complete": true' "$OUT/update.json" && speed=(--update "$OUT/update.json")
+  part scaling 560 scaling --work "$work/ledger" "${speed[@]}"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)

@@ -1,3 +1,4 @@
+import json
 import os
 import stat
 import subprocess
@@ -128,6 +129,17 @@ def test_attention_goes_on_where_it_stopped(script):
     done, parts, _ = script(PARTS="attention")
     assert parts == OF_ATTENTION[1:]
     assert "attention: done before" in done.stdout
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_scaling_takes_the_speed_of_a_complete_update(script, complete):
+    script.out.mkdir()
+    told = json.dumps({"schema": 1, "complete": complete}, indent=1)
+    (script.out / "update.json").write_text(told)
+    done, parts, (asked,) = script(PARTS="scaling", COMMIT="abc")
+    assert (done.returncode, parts) == (0, ["scaling"])
+    assert "--commit abc" in asked
+    assert (f"--update {script.out}/update.json" in asked) == complete
 
 
 def test_parts_that_are_done_are_skipped_and_others_go_on(script):
