@@ -53,8 +53,8 @@ def made(monkeypatch, tmp_path):
         kind, _, *own = words
         found.cores[kind] = os.sched_getaffinity(0)
         output.mkdir(parents=True)
-        taken = [[found.all_reduce_ms] * 3 for _ in own]
-        (output / f"{kind}.json").write_text(json.dumps(BACKWARD if kind == "demo" else taken))
+        taken = [[found.all_reduce_ms] * 3 for _ in own] if kind == "exchange" else BACKWARD
+        (output / f"{kind}.json").write_text(json.dumps(taken))
 
     found = Made()
     monkeypatch.setattr(scaling, "run_steps", run)
@@ -142,6 +142,26 @@ def test_what_it_writes(made, measure, tmp_path, capsys):
     assert "| 2 | 120.0, 106.7 to 133.3 | 83.3%, 83.3% to 83.3% | 270.0 |" in text
     assert "680 images/s, the target for 64 images, which nobody has measured" in text
     assert Image.open(tmp_path / "scaling.png").width > 500
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(1, [1]), (4, [1, 2, 4])])
+def test_on_gpus_the_model_starts_from_one_of_them(made, measure, monkeypatch, gpus, ranks):
+    machine = harness.machine() | {"gpu": "Fake H100"}
+    monkeypatch.setattr(harness, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    made.step_s = {1: [0.2, 0.2], 2: [0.22, 0.22], 4: [0.22, 0.22]}
+    code, rows = measure()
+    assert code == 0
+    for what in ("demo", "check"):
+        found = [row for row in rows.values() if row["labels"]["what"] == what]
+        own = ranks if what == "demo" else ranks[1:]
+        assert [row["labels"]["ranks"] for row in found] == own
+    for row in found:  # the checks
+        assert row["values"]["without_exchange_ms"] == pytest.approx(200)
+        assert row["values"]["model_ms"] == pytest.approx(220)
+    assert set(map(frozenset, made.cores.values())) == {frozenset(os.sched_getaffinity(0))}
+    assert rows["scaling/sd15-256/8/fp32/64/model"]["values"]["efficiency"] > 0.99
 
 
 def test_a_run_that_fails_ends_it(made, tmp_path, capsys):
@@ -296,6 +316,13 @@ def test_the_order_of_flops(tiny_sd15):
     assert ready[-1] == pytest.approx(1.0)
     # Two products for each of the forward, less that of the input's gradient.
     assert 0.6 < found.share < 0.667
+
+
+def test_attention_is_counted(tiny_sd15):
+    """All else grows as the pixels do, and leaves the shares as they are."""
+    few, many = (gradients.counted(pixels).gradients for pixels in (128, 512))
+    pairs = zip(few, many, strict=True)
+    assert max(abs(one.ready - other.ready) for one, other in pairs) > 0.05
 
 
 # The prediction.
