@@ -63,7 +63,7 @@ def measured(record: Record) -> list[str]:
             f"{values['all_reduce_ms']:.1f} ms, of which the model has {values['exposed_ms']:.2f} "
             f"after the backward: a step of {values['model_ms']:.1f} ms, measured "
             f"{values['measured_ms']:.1f}, off by {values['relative_difference']:+.1%}; steps "
-            f"differ by {values['noise']:.1%}: {row['verdict']}. {row['note']}".rstrip()
+            f"differ by {values['noise']:.1%}: {row['verdict']}."
         )
     return parts
 
