@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,13 @@ def main(argv: list[str]) -> int:
 # Pairs.
 
 
-def save_pairs(folder: Path, count: int) -> None:
+def _png(image: PILImage) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_pairs(folder: Path, count: int, encode: Callable[[PILImage], bytes] = _png) -> None:
     """Writes `count` pairs as a parquet file that --train_data_dir takes."""
     features = Features(
         {"input_image": Image(), "edited_image": Image(), "edit_prompt": Value("string")}
@@ -103,20 +109,14 @@ def save_pairs(folder: Path, count: int) -> None:
     columns: dict[str, list] = {name: [] for name in features}
     for index in tqdm(range(count), unit="pair", leave=False, disable=None):
         pair = make_pair(index, TRAIN_SEED)
-        columns["input_image"].append({"bytes": _png(pair.original), "path": None})
-        columns["edited_image"].append({"bytes": _png(pair.edited), "path": None})
+        columns["input_image"].append({"bytes": encode(pair.original), "path": None})
+        columns["edited_image"].append({"bytes": encode(pair.edited), "path": None})
         columns["edit_prompt"].append(pair.instruction)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     Dataset.from_dict(columns, features).to_parquet(partial / "train-00000-of-00001.parquet")
     partial.rename(folder)
-
-
-def _png(image: PILImage) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 # Training.

@@ -9,6 +9,8 @@ import pytest
 import torch
 from records import both_ways, record
 
+from fusedit.benchmarks import reference
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "benchmarks/README.md").read_text()
 SCRIPT = (ROOT / "benchmarks/gpu.sh").read_text()
@@ -28,6 +30,7 @@ def check_command(words: list[str], monkeypatch) -> None:
                 if hasattr(module, reader):
                     monkeypatch.setattr(module, reader, found)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(reference, "found_script", Path)
             (getattr(module, "parse", None) or module.flags)(flags)
         case ["bash", "benchmarks/gpu.sh"]:
             assert {*variables} <= {*re.findall(r"^#   ([A-Z_]+) ", SCRIPT, re.MULTILINE)}

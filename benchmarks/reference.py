@@ -1,0 +1,114 @@
+"""diffusers' script as the benchmarks run it: where it is found, its flags, its runs.
+
+Nothing of it is copied here. It comes from a checkout of huggingface/diffusers, whose
+examples/instruct_pix2pix holds it; MEASURED is the commit that the committed results were made
+by, SHA256 is of the script there.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from .demo_steps import RunFailed, run_module
+from .flags import Flags
+from .harness import Record
+from .reference_run import STAMPS
+
+NAME = "train_instruct_pix2pix.py"
+FOLDER = "examples/instruct_pix2pix"
+MEASURED = "58eb52c0803ea9af3abec60841c2a093bdf1f951"
+SHA256 = (
+    "a20e06f8a91eded5460822f38596efa4be6225eb8b6217e1531abfcce2b1fefb"  # of the script at MEASURED
+)
+COLUMNS = ("original_image", "edited_image", "edit_prompt")
+LOSS = "train_loss"  # what the script logs after each update
+
+
+class Script(NamedTuple):
+    path: Path
+    commit: str | None  # of the checkout it lies in
+    sha256: str
+
+    def told(self) -> str:
+        """A line for records: which script it is."""
+        same = "as at the commit measured" if self.sha256 == SHA256 else "not the one measured"
+        return f"{self.path.name}, sha256 {self.sha256[:12]}, {same}"
+
+
+def add_reference(flags: Flags) -> None:
+    """--reference and --work."""
+    flags.add_argument("--reference", type=found_script, required=True, help=cure())
+    flags.add_argument("--work", type=Path, default=Path("runs/reference"), help="models, data")
+
+
+def cure() -> str:
+    return (
+        f"a checkout of huggingface/diffusers, or its {FOLDER}/{NAME}; measured at {MEASURED[:8]}"
+    )
+
+
+def found_script(text: str) -> Script:
+    """The script, given by itself, by its folder or by the checkout."""
+    given = Path(text)
+    places = [given, given / NAME, given / FOLDER / NAME]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: no {NAME} there; give {cure()}")
+    if find_spec("accelerate") is None:
+        raise argparse.ArgumentTypeError(
+            "the script needs accelerate: pip install 'fusedit[bench]'"
+        )
+    head = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
+    found = subprocess.run(head, capture_output=True, text=True)
+    commit = found.stdout.strip() if found.returncode == 0 else None
+    return Script(path.resolve(), commit, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def note(record: Record, script: Script, model: str) -> None:
+    """Puts it into a record's provenance which script was run, and says of which model."""
+    found = {"commit": script.commit, "sha256": script.sha256, "model": model}
+    record["provenance"]["reference"] = found
+
+
+def data_flags(data: Path, work: Path) -> list[str]:
+    """Of the pairs in a folder, for either program."""
+    columns = [f"--{name}_column={name.replace('original', 'input')}" for name in COLUMNS]
+    return [f"--dataset_name={data}", *columns, f"--cache_dir={work / 'hub'}"]
+
+
+def run_script(watch: str, script: Script, flags: list[str], folder: Path) -> None:
+    """Runs it in a process of its own, watched; its output folder is FOLDER/run.
+
+    Raises: RunFailed: it did not come to its end; the last line that it printed.
+    """
+    words = [watch, str(folder), str(script.path), *flags, f"--output_dir={folder / 'run'}"]
+    run_module("benchmarks.reference_run", words, folder)
+
+
+class Stamps(NamedTuple):
+    """When its updates ended, in seconds since the epoch, by two clocks."""
+
+    steps: list[float]  # of the optimizer, by a hook
+    logged: list[float]  # of the loss, as the script's own TensorBoard file has it
+    memory_gib: float
+
+
+def read_stamps(folder: Path) -> Stamps:
+    """Raises: RunFailed: the script wrote fewer losses than it took steps."""
+    found = json.loads((folder / STAMPS).read_text())
+    files = sorted((folder / "run/logs").rglob("*tfevents*"))
+    logged: list[float] = []
+    for path in files:
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        if LOSS in events.Tags()["scalars"]:
+            logged = [event.wall_time for event in events.Scalars(LOSS)]
+    if len(logged) != len(found["steps"]):
+        raise RunFailed(f"{len(found['steps'])} steps were taken, {len(logged)} losses logged")
+    return Stamps(found["steps"], logged, found["memory_gib"])

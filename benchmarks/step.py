@@ -1,0 +1,332 @@
+"""diffusers' script and ours on the same model, pairs, device and effective batch, by turns.
+
+    python -m fusedit.benchmarks.step --reference PATH --out results
+    python -m fusedit.benchmarks.step --reference PATH --tiny --out results
+    python -m fusedit.benchmarks.step --reference PATH --preset tuned --pixels 512 --out results
+
+Three rows a preset: the script, unmodified, in a process of its own; ours with the very same flags;
+ours as recommended, that is from a cache, micro-steps merged, without gradient checkpointing, and
+with bf16 weights on a GPU. `as-shipped` is the command of the script's guide; `tuned` gives the
+script its best: bf16, TF32, a large batch without checkpointing, and workers. xformers is left out
+of the guide's command: the script runs on PyTorch's own attention.
+
+Each program runs --rounds times, by turns. Time is taken by the programs' own logs, from outside of
+the loop, WARM_UP updates cut off; the script's must agree with a hook on its optimizer, ours with
+the speed that it says itself. --tiny is the demo's base at 64 px, for a CPU; else the model is
+Stable Diffusion 1.5's architecture with random weights (throughput does not depend on them).
+
+Writes step.json, step.md and step.png, where the time of an update goes, by a trace of a run more.
+Exit codes: 0 done, 1 a run failed or two clocks disagree, 2 a mistake in the flags.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..launch.demo.run import RESOLUTION
+from ..launch.flags import parse as parse_train
+from ..trainer.counting import KINDS, Work
+from ..trainer.estimate import count_run
+from ..trainer.log import LOG_FILE
+from ..trainer.pretrained import describe
+from . import harness, report, step_report
+from .demo_steps import RunFailed, run_module
+from .flags import Flags, positive
+from .harness import Record, say
+from .models import DEMO, make_pairs, make_sd15
+from .reference import Script, add_reference, data_flags, note, read_stamps, run_script
+from .rooflines import Ceilings, find_ceilings, ideal_ms
+from .timing import timing
+from .tracing import PHASES, SKIPPED, TRACE, TRACED
+
+EVERY = 5  # updates between two lines of our log, as a run would have it
+CLOCKS = 0.05  # two clocks may differ by so much in all
+PAIRS = 512
+GUIDE = {  # of the script's guide, without its checkpoints and the hub
+    "random_flip": True,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "gradient_checkpointing": True,
+    "learning_rate": 5e-5,
+    "max_grad_norm": 1,
+    "lr_warmup_steps": 0,
+    "conditioning_dropout_prob": 0.05,
+    "mixed_precision": "fp16",
+    "seed": 42,
+}
+TUNED = GUIDE | {
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "mixed_precision": "bf16",
+    "allow_tf32": True,
+    "dataloader_num_workers": 8,
+}
+PRESETS = {"as-shipped": GUIDE, "tuned": TUNED}
+# What fits a card of 80 GB without checkpointing, by pixels.
+BATCHES = {256: 64, 512: 32}
+SCRIPT, SAME, RECOMMENDED = "the script", "same flags", "recommended"
+WAYS = (SCRIPT, SAME, RECOMMENDED)
+
+Values = Mapping[str, object]
+
+
+class Case(NamedTuple):
+    """What is compared."""
+
+    preset: str
+    pixels: int
+    model: Path
+    data: Path
+    values: Values  # of both programs' flags
+    recommended: Values  # instead, for ours as recommended
+
+    @property
+    def images(self) -> int:
+        """Of an update."""
+        return math.prod(sizes(self.values))
+
+    def flags(self, way: str) -> Values:
+        return {**self.values, **(self.recommended if way == RECOMMENDED else {})}
+
+    def labels(self, way: str) -> dict[str, str | int]:
+        by = "reference" if way == SCRIPT else "ours"
+        return {"preset": self.preset, "pixels": self.pixels, "way": way, "by": by}
+
+
+def sizes(values: Values) -> tuple[int, int]:
+    """Images of a micro-step, micro-steps of an update."""
+    names = ("train_batch_size", "gradient_accumulation_steps")
+    batch, micro_steps = (int(str(values[name])) for name in names)
+    return batch, micro_steps
+
+
+def case_of(preset: str, pixels: int, work: Path, *, tiny: bool) -> Case:
+    values: dict[str, object] = {**PRESETS[preset], "resolution": pixels}
+    if preset == "tuned":
+        values["train_batch_size"] = BATCHES.get(pixels, 16)
+    recommended: dict[str, object] = {
+        "gradient_checkpointing": False,
+        "train_batch_size": math.prod(sizes(values)),
+        "gradient_accumulation_steps": 1,
+        "center_crop": True,  # of a square it is all, as the script's crop is of any image
+        "cache_latents": work / f"cache-{pixels}",
+    }
+    if tiny:  # a CPU's autocast is slower than its fp32, and its two cores have no time for workers
+        values |= {"mixed_precision": "no", "dataloader_num_workers": 0, "allow_tf32": False}
+        model, data = DEMO, make_pairs(work, pixels, PAIRS)
+    else:
+        recommended |= {"mixed_precision": "bf16", "param_dtype": "bf16"}
+        model, data = make_sd15(work), make_pairs(work, pixels, PAIRS)
+    return Case(preset, pixels, model, data, values, recommended)
+
+
+def flags_of(case: Case, way: str, work: Path, updates: int) -> list[str]:
+    values = dict(case.flags(way))
+    values |= {"pretrained_model_name_or_path": case.model, "max_train_steps": updates}
+    flags = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value is not False
+    ]
+    flags += data_flags(case.data, work)
+    return flags if way == SCRIPT else [*flags, "--overwrite", f"--log_every={EVERY}"]
+
+
+class Run(NamedTuple):
+    """What a run came to, its warm-up cut off."""
+
+    update_ms: list[float]  # of EVERY updates each, in the mean
+    other_clock_ms: float  # an update, in the mean
+    memory_gib: float
+
+
+def run_of(case: Case, way: str, script: Script, work: Path, updates: int, warm_up: int) -> Run:
+    """One run, in a process of its own.
+
+    Raises: RunFailed: it did not come to its end.
+    """
+    folder = work / "step"
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = flags_of(case, way, work, updates)
+    if way == SCRIPT:
+        run_script("stamps", script, flags, folder)
+        stamps = read_stamps(folder)
+        times, other = stamps.logged[warm_up - 1 :: EVERY], stamps.steps[warm_up - 1 :]
+        return Run(
+            [1e3 * (end - start) / EVERY for start, end in pairwise(times)],
+            1e3 * (other[-1] - other[0]) / (len(other) - 1),
+            stamps.memory_gib,
+        )
+    output = folder / "run"
+    run_module("launch.train", [*flags, f"--output_dir={output}"], folder)
+    lines = [json.loads(line) for line in (output / LOG_FILE).read_text().splitlines()]
+    kept = [line for line in lines if line["step"] >= warm_up and "images_per_second" in line]
+    pairs = list(pairwise(kept))
+    return Run(
+        [1e3 * (end["time"] - start["time"]) / EVERY for start, end in pairs],
+        statistics.fmean(1e3 * case.images / end["images_per_second"] for _, end in pairs),
+        max(line["memory_gib"] for line in kept),
+    )
+
+
+def measured(
+    case: Case, script: Script, flags: argparse.Namespace, ceilings: Ceilings
+) -> list[Record]:
+    """A row for each way: its rounds by turns with the others'."""
+    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    for turn in range(1, flags.rounds + 1):
+        for way in WAYS:
+            say(f"{case.preset}, {case.pixels} px, round {turn}: {way}")
+            settings = (flags.work, flags.updates, flags.warm_up)
+            runs[way].append(run_of(case, way, script, *settings))
+    return [row_of(case, way, runs, ceilings, flags.work) for way in WAYS]
+
+
+def row_of(
+    case: Case, way: str, runs: Mapping[str, Sequence[Run]], ceilings: Ceilings, work: Path
+) -> Record:
+    own = runs[way]
+    means = {of: [statistics.fmean(run.update_ms) for run in runs[of]] for of in runs}
+    ratios = [theirs / ours for ours, theirs in zip(means[way], means[SCRIPT], strict=True)]
+    taken = timing([ms for run in own for ms in run.update_ms])
+    pairs = zip(own, means[way], strict=True)
+    apart = max(abs(run.other_clock_ms / mean - 1) for run, mean in pairs)
+    flops = case.images * flops_of_image(case, work)
+    values = {
+        "images_per_s": 1e3 * case.images / taken.median_ms,
+        "memory_gib": max(run.memory_gib for run in own),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "clocks_apart": apart,
+        "model_flops_share": flops / (taken.median_ms / 1e3) / ceilings.flops_per_s,
+    }
+    labels = {"op": "step", **case.labels(way)}
+    if apart > CLOCKS:
+        told = f"two clocks differ by {apart:.1%}"
+        return harness.row(labels, verdict="wrong", values=values, note=told)
+    return harness.row(
+        labels, verdict="right", timings={"warm": taken}, flops=round(flops), values=values
+    )
+
+
+def counted(case: Case, way: str, work: Path) -> Work:
+    """What the UNet does in a micro-step."""
+    config = parse_train([*flags_of(case, way, work, 1), "--output_dir=none"]).run
+    return count_run(config, describe(config.model)).unet
+
+
+def flops_of_image(case: Case, work: Path) -> float:
+    """Of the UNet, forward and backward, nothing computed twice."""
+    return float(counted(case, RECOMMENDED, work).flops[1].sum())
+
+
+def traces(
+    case: Case, way: str, script: Script, work: Path, update_ms: float, ceilings: Ceilings
+) -> list[Record]:
+    """Where the time of an update goes: by phase, and against the roofline by kind.
+
+    Ours runs without a CUDA graph, in which a trace sees no operations.
+    """
+    folder = work / "step"
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f"{case.preset}, {case.pixels} px, traced: {way}")
+    flags = flags_of(case, way, work, SKIPPED + TRACED)
+    if way == SCRIPT:
+        run_script("trace", script, flags, folder)
+    else:
+        own = ["--cuda_graphs=off", f"--output_dir={folder / 'run'}"]
+        run_module("benchmarks.tracing", [str(folder), *flags, *own], folder)
+    found = json.loads((folder / TRACE).read_text())
+    phases = {name: sum(found["phases"].get(name, {}).values()) for name in PHASES}
+    phases["idle"] = max(0.0, found["wall_ms"] - sum(phases.values()))
+    scale = update_ms / sum(phases.values())
+    labels = case.labels(way)
+    rows = [
+        harness.row(
+            {"op": "phases", **labels},
+            values={name: scale * taken for name, taken in phases.items()} | {"traced": 1 / scale},
+        )
+    ]
+    if way == SCRIPT:
+        return rows
+    batch, micro_steps = sizes(case.flags(way))
+    least = ideal_ms(counted(case, way, work), batch, ceilings)
+    taken: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for phase in ("forward", "backward"):
+        for kind, milliseconds in found["phases"].get(phase, {}).items():
+            taken[kind if kind in KINDS else "elementwise"] += milliseconds
+    reached = {
+        kind: micro_steps * least[kind] / (scale * taken[kind]) for kind in KINDS if taken[kind]
+    }
+    return [*rows, harness.row({"op": "roofline", **labels}, values=reached)]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = Flags("fusedit.benchmarks.step", str(__doc__))
+    add_reference(flags)
+    flags.add_record()
+    flags.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
+    flags.add_argument("--pixels", nargs="+", type=int, choices=list(BATCHES), default=[256])
+    flags.add_argument("--tiny", action="store_true", help="the demo's base at 64 px, for a CPU")
+    flags.add_argument("--rounds", type=positive, default=3)
+    flags.add_argument("--updates", type=positive, default=60, help="of a run")
+    flags.add_argument("--warm_up", type=positive, default=20, help="of these, not timed")
+    chosen = flags.parse_args(argv)
+    for name in ("updates", "warm_up"):
+        if getattr(chosen, name) % EVERY:
+            flags.error(f"--{name} {getattr(chosen, name)}: must be a multiple of {EVERY}")
+    if chosen.updates < chosen.warm_up + 2 * EVERY:
+        flags.error(f"--updates {chosen.updates}: give at least {chosen.warm_up + 2 * EVERY}")
+    if not (chosen.tiny or torch.cuda.is_available()):
+        flags.error("there is no GPU here for Stable Diffusion 1.5; give --tiny, or run it on one")
+    if chosen.tiny:
+        chosen.pixels = [RESOLUTION]
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    path = flags.out / "step.json"
+    record = harness.resumed(path, harness.new_record("step", words, flags.commit))
+    model = "The model is the demo's base." if flags.tiny else "The model's weights are random."
+    note(record, flags.reference, model)
+    ceilings = find_ceilings(record)
+    try:
+        for preset in flags.preset:
+            for pixels in flags.pixels:
+                compare(
+                    record, case_of(preset, pixels, flags.work, tiny=flags.tiny), flags, ceilings
+                )
+                harness.write(record, path)
+    except RunFailed as error:
+        say(f"fusedit.benchmarks.step: {error}")
+        return 1
+    step_report.plot(record, path.with_suffix(".png"))
+    return report.finish(record, path, flags.compare, step_report.markdown(record))
+
+
+def compare(record: Record, case: Case, flags: argparse.Namespace, ceilings: Ceilings) -> None:
+    """Adds the rows of a case, unless they are there."""
+    if any(row["labels"].items() >= case.labels(RECOMMENDED).items() for row in record["rows"]):
+        return
+    rows = measured(case, flags.reference, flags, ceilings)
+    for way, row in zip(WAYS, list(rows), strict=True):
+        if row["timings"]:
+            taken = row["timings"]["warm"]["median_ms"]
+            rows += traces(case, way, flags.reference, flags.work, taken, ceilings)
+    record["rows"] += rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""A script that is watched from outside: its stamps, its trace; where it is found, how it fails."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from records import refusal
+from tiny import save_tiny_pipeline
+
+from fusedit.benchmarks import parity, reference, reference_run, tracing
+from fusedit.benchmarks.demo_steps import RunFailed
+from fusedit.benchmarks.tracing import kind_of, phase_of
+from fusedit.launch.demo.run import save_pairs
+
+SCRIPT = Path(__file__).with_name("small_script.py")
+UPDATES = 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_pipeline(folder / "base")
+    save_pairs(folder / "data", 16)
+    return folder
+
+
+@pytest.fixture
+def watched(inputs, tmp_path):
+    """Runs it here, as its own process would, and gives what was written."""
+
+    def run(watch, *more):
+        flags = [
+            f"--pretrained_model_name_or_path={inputs / 'base'}",
+            f"--dataset_name={inputs / 'data'}",
+            f"--output_dir={tmp_path / 'run'}",
+            "--resolution=16",
+            "--train_batch_size=2",
+            "--gradient_accumulation_steps=2",
+            "--learning_rate=1e-4",
+            f"--max_train_steps={UPDATES}",
+            *more,
+        ]
+        assert reference_run.main([watch, str(tmp_path), str(SCRIPT), *flags]) == 0
+        return tmp_path
+
+    return run
+
+
+def test_each_update_is_stamped_and_the_log_agrees(watched):
+    found = reference.read_stamps(watched("stamps"))
+    assert len(found.steps) == len(found.logged) == UPDATES
+    assert found.steps == sorted(found.steps)
+    assert all(0 <= log - step < 0.5 for step, log in zip(found.steps, found.logged, strict=True))
+    assert found.memory_gib > 0.1
+
+
+def test_a_log_that_lacks_an_update_is_refused(watched):
+    folder = watched("stamps")
+    stamps = json.loads((folder / "stamps.json").read_text())
+    stamps["steps"].append(0.0)
+    (folder / "stamps.json").write_text(json.dumps(stamps))
+    with pytest.raises(RunFailed, match="5 steps were taken, 4 losses logged"):
+        reference.read_stamps(folder)
+
+
+def test_nothing_stays_watched(watched):
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in tracing.WATCHED]
+    rand = torch.rand
+    watched("stamps")
+    assert all(getattr(owner, name) is own for owner, name, own in kept)
+    assert torch.rand is rand
+    assert "torchvision" not in sys.modules
+
+
+def test_a_trace_tells_the_phases_apart(watched, monkeypatch):
+    monkeypatch.setattr(tracing, "SKIPPED", 1)
+    monkeypatch.setattr(tracing, "TRACED", 2)
+    found = json.loads((watched("trace") / "trace.json").read_text())
+    phases = found["phases"]
+    assert {"data", "encode", "forward", "backward", "optimizer"} <= {*phases}
+    assert phases["forward"]["convolution"] > 0
+    assert phases["backward"]["linear"] > 0
+    assert phases["encode"]["attention"] > 0
+    assert "convolution" not in phases["optimizer"]
+    in_all = sum(sum(kinds.values()) for kinds in phases.values())
+    assert 0.5 * found["wall_ms"] < in_all < 1.05 * found["wall_ms"]
+
+
+class Event:
+    def __init__(self, name, parent=None):
+        self.name, self.cpu_parent = name, parent
+
+
+def test_an_operation_belongs_to_the_outermost_phase():
+    backward = Event("backward")
+    again = Event("aten::conv2d", Event("forward", backward))  # checkpointing computes it again
+    assert phase_of(again) == "backward"
+    assert (
+        phase_of(Event("aten::mm", Event("autograd::engine::evaluate_function: Mm"))) == "backward"
+    )
+    assert phase_of(Event("aten::add")) == "rest"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::convolution_backward", "convolution"),
+        ("aten::addmm", "linear"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("fusedit::attention", "attention"),
+        ("aten::baddbmm", "attention"),
+        ("fusedit::group_norm", "elementwise"),
+        ("aten::native_layer_norm", "elementwise"),
+        ("encode", "host"),
+    ],
+)
+def test_the_kind_of_an_operation(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_the_stand_in_draws_as_torchvision_does():
+    with reference_run.torchvision_there():
+        from torchvision import transforms  # pyright: ignore[reportMissingImports]
+
+        flip = transforms.RandomHorizontalFlip()
+        images = torch.arange(6.0).view(1, 2, 3)
+        torch.manual_seed(0)
+        found = [bool((flip(images) != images).any()) for _ in range(20)]
+        torch.manual_seed(0)
+        assert found == [bool(torch.rand(1) < 0.5) for _ in range(20)]
+        with pytest.raises(ValueError, match="only a crop of everything, 4 px"):
+            transforms.RandomCrop(4)(images)
+
+
+def checkout(folder):
+    place = folder / reference.FOLDER
+    place.mkdir(parents=True)
+    shutil.copy(SCRIPT, place / reference.NAME)
+    return place / reference.NAME
+
+
+def test_the_script_is_found_in_its_checkout(tmp_path):
+    path = checkout(tmp_path)
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(tmp_path), *who, "commit", "-qm", "x"], check=True)
+    for given in (tmp_path, path.parent, path):
+        found = reference.found_script(str(given))
+        assert found.path == path
+        assert found.sha256 == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+        assert len(found.commit or "") == 40
+    assert "not the one measured" in found.told()
+
+
+def test_a_place_without_the_script_is_refused(tmp_path, capsys):
+    said = refusal(parity.main, [f"--reference={tmp_path}", "--out=x"], capsys)
+    assert "--reference" in said
+    assert "no train_instruct_pix2pix.py there; give a checkout of huggingface/diffusers" in said
+
+
+def test_a_script_that_fails_says_its_last_line(tmp_path):
+    script = reference.found_script(str(checkout(tmp_path)))
+    with pytest.raises(RunFailed, match="exit code 1: the script met a mistake"):
+        reference.run_script("stamps", script, ["--mistake=crash"], tmp_path / "out")
