@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             record["rows"] += measured(name, flags.folder, device)
         harness.write(record, path)
-    return report.finish(record, path, flags.compare, table(record))
+    return report.finish(record, path, flags.compare, table)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command; a part at a time, each with its own limit.
 #
-#     bash benchmarks/gpu.sh
-#     PARTS="ceilings kernels" OUT=results bash benchmarks/gpu.sh
+#     bash benchmarks/gpu.sh OUT [PART ...]
+#     bash benchmarks/gpu.sh results ceilings kernels
 #
-#   OUT      folder of what comes back: PART.json for each part, log.txt   [runs/gpu]
-#   PARTS    which, in this order                  [ceilings tests checks kernels optimizer tune]
-#            Six more want a call of their own: attention; update, after attention was chosen;
-#            ledger, data, checkpoint and scaling, which need what the trainer does (datasets,
-#            tyro, ...); scaling takes one GPU's speed from an update.json in OUT or FROM.
+#   OUT      folder of what comes back: PART.json for each part, log.txt
+#   PART     which, in this order            [ceilings tests checks kernels optimizer tune]
+#            Others want a call of their own: attention; update, after attention was chosen;
+#            ledger, data, checkpoint, scaling, parity and step, which need what the trainer does
+#            (datasets, tyro, ...); scaling takes one GPU's speed from an update.json in OUT or
+#            FROM; parity and step need REFERENCE, and accelerate.
+#
+# and as variables:
+#
+#   REFERENCE  a checkout of huggingface/diffusers, or its train_instruct_pix2pix.py
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
 #            kernel benchmark and attention go on where they stopped
@@ -20,11 +25,13 @@
 # Nothing here changes a setting of the card. Exit code 1 if a part failed, 2 for a mistake above.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-OUT=${OUT:-runs/gpu} PARTS=${PARTS:-ceilings tests checks kernels optimizer tune}
+OUT=${1:-} PARTS="${*:2}" REFERENCE=${REFERENCE:-}
+PARTS=${PARTS:-ceilings tests checks kernels optimizer tune}
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
 KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint scaling"
+KNOWN+=" parity step"
 # Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
 OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
 ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
@@ -34,8 +41,11 @@ mistake() {
   exit 2
 }
 
+[[ -n $OUT ]] || mistake "no OUT: give a folder, then parts: $KNOWN"
 for part in $PARTS; do
-  [[ " $KNOWN " == *" $part "* ]] || mistake "PARTS has $part; give some of: $KNOWN"
+  [[ " $KNOWN " == *" $part "* ]] || mistake "there is no part $part; give some of: $KNOWN"
+  [[ $part != parity && $part != step || -n $REFERENCE ]] ||
+    mistake "$part needs REFERENCE, a checkout of huggingface/diffusers"
 done
 [[ $LIMIT_S =~ ^[1-9][0-9]*$ ]] || mistake "LIMIT_S is $LIMIT_S; give seconds, a whole number"
 command -v "$PYTHON" >/dev/null || mistake "PYTHON is $PYTHON, which is not there; give a Python"
@@ -123,6 +133,11 @@ everything() {
   part checkpoint 560 checkpoint --folder "$work"
   grep -qs '^ "complete": true' "$OUT/update.json" && speed=(--update "$OUT/update.json")
   part scaling 560 scaling --work "$work/ledger" "${speed[@]}"
+  local script=(--reference "$REFERENCE" --work "$work/reference")
+  part parity-sd15 540 parity --preset sd15 "${script[@]}"
+  part step-tuned-256 540 step --name step-tuned-256 --preset tuned --pixels 256 "${script[@]}"
+  part step-tuned-512 540 step --name step-tuned-512 --preset tuned --pixels 512 "${script[@]}"
+  part step-as-shipped 540 step --name step-as-shipped --preset as-shipped "${script[@]}"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)

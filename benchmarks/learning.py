@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     record["rows"] = rows(found, flags.steps)
     plot(record, path.with_suffix(".png"))
-    return report.finish(record, path, flags.compare, markdown(record))
+    return report.finish(record, path, flags.compare, markdown)
 
 
 if __name__ == "__main__":

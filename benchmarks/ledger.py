@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         say(f"fusedit.benchmarks.ledger: what the others are measured by failed: {error}")
         return 1
-    return report.finish(record, path, flags.compare, table(record))
+    return report.finish(record, path, flags.compare, table)
 
 
 if __name__ == "__main__":

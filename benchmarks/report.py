@@ -5,7 +5,7 @@ python -m fusedit.benchmarks.report kernels.json ...   # writes .md and .png bes
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,21 +18,26 @@ NOT_SHIPPED = ("ours", "compile", "flash-attn")  # all others are PyTorch's own 
 COLOURS = {"ours": "#1f6feb", "compile": "#f0883e", "eager": "#9aa0a6"}
 
 
-def finish(record: Record, path: Path, earlier: Record | None = None, table: str = "") -> int:
+def finish(
+    record: Record,
+    path: Path,
+    earlier: Record | None = None,
+    table: Callable[[Record], str] | None = None,
+) -> int:
     """Writes and prints a complete record, and tells what is not right.
 
     Args:
         earlier: a record to compare with.
-        table: what is printed and written beside the record, instead of `markdown`'s.
+        table: makes what is printed, instead of `markdown`, and written beside the record.
 
     Returns: the exit code: 1, if an answer is not right or became slower; 2, if the earlier record
         cannot be compared.
     """
     record["complete"] = True
     write(record, path)
-    if table:
-        path.with_suffix(".md").write_text(table)
-    print(table or markdown(record))
+    if table is not None:
+        path.with_suffix(".md").write_text(table(record))
+    print((table or markdown)(record))
     return judged(record, record["rows"], earlier)
 
 

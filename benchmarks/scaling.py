@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -242,9 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     model = predicted.rows(one, predicted.cluster_of(flags), flags.price_per_gpu_hour)
     record["rows"] = [*rows, *model]
-    record["complete"] = True  # for the heading
-    text = scaling_report.text(record, one, flags)
-    code = report.finish(record, path, flags.compare, text)
+    table = partial(scaling_report.text, one=one, flags=flags)
+    code = report.finish(record, path, flags.compare, table)
     scaling_report.plot(record, path.with_suffix(".png"))
     return code
 

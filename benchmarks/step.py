@@ -11,12 +11,12 @@ script its best: bf16, TF32, a large batch without checkpointing, and workers. x
 of the guide's command: the script runs on PyTorch's own attention.
 
 Each program runs --rounds times, by turns. Time is taken by the programs' own logs, from outside of
-the loop, WARM_UP updates cut off; the script's must agree with a hook on its optimizer, ours with
+the loop, --warm_up updates cut off; the script's must agree with a hook on its optimizer, ours with
 the speed that it says itself. --tiny is the demo's base at 64 px, for a CPU; else the model is
 Stable Diffusion 1.5's architecture with random weights (throughput does not depend on them).
 
-Writes step.json, step.md and step.png, where the time of an update goes, by a trace of a run more.
-Exit codes: 0 done, 1 a run failed or two clocks disagree, 2 a mistake in the flags.
+Writes step.json, step.md and step.png, which shows where the time of an update goes, by a trace of
+one run more. Exit codes: 0 done; 1 a run failed, or two clocks disagree; 2 a mistake in the flags.
 """
 
 import argparse
@@ -278,6 +278,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     flags.add_argument("--pixels", nargs="+", type=int, choices=list(BATCHES), default=[256])
     flags.add_argument("--tiny", action="store_true", help="the demo's base at 64 px, for a CPU")
+    flags.add_argument("--name", default="step", help="of the files")
     flags.add_argument("--rounds", type=positive, default=3)
     flags.add_argument("--updates", type=positive, default=60, help="of a run")
     flags.add_argument("--warm_up", type=positive, default=20, help="of these, not timed")
@@ -297,7 +298,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
     words = list(sys.argv[1:] if argv is None else argv)
-    path = flags.out / "step.json"
+    path = flags.out / f"{flags.name}.json"
     record = harness.resumed(path, harness.new_record("step", words, flags.commit))
     model = "The model is the demo's base." if flags.tiny else "The model's weights are random."
     note(record, flags.reference, model)
@@ -313,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fusedit.benchmarks.step: {error}")
         return 1
     step_report.plot(record, path.with_suffix(".png"))
-    return report.finish(record, path, flags.compare, step_report.markdown(record))
+    return report.finish(record, path, flags.compare, step_report.markdown)
 
 
 def compare(record: Record, case: Case, flags: argparse.Namespace, ceilings: Ceilings) -> None:

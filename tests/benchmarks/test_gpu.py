@@ -8,7 +8,18 @@ import pytest
 import torch
 from records import refusal
 
-from fusedit.benchmarks import checkpoint, choose, data, gpu, harness, kernels, optimizer
+from fusedit.benchmarks import (
+    checkpoint,
+    choose,
+    data,
+    gpu,
+    harness,
+    kernels,
+    optimizer,
+    parity,
+    reference,
+    step,
+)
 from fusedit.benchmarks.ops import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +32,7 @@ module=${2##*.} part=${2##*.}
 [[ " $* " == *" --tune "* ]] && part=tune
 [[ $3 == --name ]] && part=$4
 [[ $module == choose ]] && part=attention-choices
+[[ $module == parity ]] && part=parity-$4
 echo "$part $*" >>"$CALLS"
 [[ $part == "${BREAKS:-}" ]] && exit 7
 [[ $part == "${HANGS:-}" ]] && sleep 60
@@ -46,10 +58,11 @@ def script(tmp_path):
 
     def run(**variables):
         calls.write_text("")
-        given = {"OUT": out, "PYTHON": stub, "CALLS": calls} | variables
+        given = {"PYTHON": stub, "CALLS": calls} | variables
+        words = [str(given.pop("OUT", out)), *given.pop("PARTS", "").split()]
         kept = {"PATH": os.environ["PATH"]}
         done = subprocess.run(
-            ["bash", str(ROOT / "benchmarks/gpu.sh")],
+            ["bash", str(ROOT / "benchmarks/gpu.sh"), *words],
             env=kept | {name: str(value) for name, value in given.items()},
             capture_output=True,
             text=True,
@@ -114,6 +127,21 @@ def test_data_and_checkpoint_are_parts_of_their_own(script):
         assert (flags.out, flags.commit, flags.folder) == (script.out, "abc", script.out)
 
 
+def test_parity_and_steps_are_parts_with_the_script(script, monkeypatch):
+    done, parts, asked = script(PARTS="parity step", COMMIT="abc", REFERENCE="diffusers")
+    assert done.returncode == 0, done.stdout
+    monkeypatch.setattr(reference, "found_script", str)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    first, *rest = (line.split(" -m fusedit.benchmarks.")[1].split() for line in asked)
+    flags = parity.parse(first[1:])
+    assert (first[0], flags.preset, flags.reference) == ("parity", "sd15", "diffusers")
+    assert parts[0] == "parity-sd15"  # the file that it writes
+    steps = [step.parse(words[1:]) for words in rest]
+    found = [(flags.preset, flags.pixels) for flags in steps]
+    assert found == [(["tuned"], [256]), (["tuned"], [512]), (["as-shipped"], [256])]
+    assert [flags.name for flags in steps] == parts[1:]
+
+
 def test_other_parts_leave_attention_out(script, fake_gpu):
     _, parts, asked = script(PARTS="kernels tune")
     assert parts == ["kernels", "tune"]
@@ -173,7 +201,9 @@ def test_a_part_that_hangs_is_stopped_and_what_has_no_time_is_told(script):
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"PARTS": "kernel"}, "PARTS has kernel; give some of: ceilings"),
+        ({"PARTS": "kernel"}, "there is no part kernel; give some of: ceilings"),
+        ({"OUT": ""}, "no OUT: give a folder, then parts: ceilings"),
+        ({"PARTS": "ceilings step"}, "step needs REFERENCE, a checkout of huggingface/diffusers"),
         ({"LIMIT_S": "10m"}, "LIMIT_S is 10m; give seconds"),
         ({"FROM": "/nowhere"}, "FROM is /nowhere, which is no folder"),
         ({"PYTHON": "nopython"}, "PYTHON is nopython, which is not there"),

@@ -32,11 +32,10 @@ def check_command(words: list[str], monkeypatch) -> None:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
             monkeypatch.setattr(reference, "found_script", Path)
             (getattr(module, "parse", None) or module.flags)(flags)
-        case ["bash", "benchmarks/gpu.sh"]:
+        case ["bash", "benchmarks/gpu.sh", _, *parts]:
             assert {*variables} <= {*re.findall(r"^#   ([A-Z_]+) ", SCRIPT, re.MULTILINE)}
-            known = re.search(r'KNOWN="(.*)"', SCRIPT)
-            assert known
-            assert {*variables.get("PARTS", "").split()} <= {*known[1].split()}
+            known = re.findall(r'KNOWN\+?="(.*)"', SCRIPT)
+            assert {*parts} <= {*" ".join(known).split()}
             kernels = importlib.import_module("fusedit.benchmarks.kernels")
             kernels.parse(shlex.split(variables.get("FLAGS", "")))
         case _:
@@ -54,9 +53,10 @@ def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
         "python -m fusedit.benchmarks.kernels --op attentions",
         "python -m fusedit.benchmarks.choose --outs x a.json",
         "python -m fusedit.benchmarks.chose a.json",
-        "PART=tune bash benchmarks/gpu.sh",
-        "PARTS=attentions bash benchmarks/gpu.sh",
-        'FLAGS="--opp geglu" bash benchmarks/gpu.sh',
+        "PARTS=tune bash benchmarks/gpu.sh results",
+        "bash benchmarks/gpu.sh results attentions",
+        'FLAGS="--opp geglu" bash benchmarks/gpu.sh results',
+        "bash benchmarks/gpu.sh",
         "bash gpu.sh",
     ],
 )
