@@ -24,7 +24,6 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import NamedTuple
@@ -118,13 +117,9 @@ def plot(curves: Curves, source: str, path: Path) -> bool:
     Args:
         source: where they were measured, a long line.
     """
-    if find_spec("matplotlib") is None:
-        say("no plot: pip install 'fusedit[bench]', and the same command again")
+    pyplot = report.drawing()
+    if pyplot is None:
         return False
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(
         2, figsize=(9, 8), sharex=True, height_ratios=(3, 2), layout="constrained"

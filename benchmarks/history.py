@@ -18,13 +18,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import harness
 from .flags import Flags
 from .harness import LEAST_SLOWDOWN, ROOT, SPREADS, Record, Timing, say
+from .report import drawing
 from .timing import MODES
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -137,13 +137,8 @@ def line(every: Sequence[dict[str, Point]], name: str) -> dict[int, Point]:
     return {index: one for index, one in at.items() if one.unit == unit}
 
 
-def plot(records: Sequence[Record], title: str, path: Path) -> None:
+def plot(pyplot: Any, records: Sequence[Record], title: str, path: Path) -> None:
     """A panel for each row, over the versions."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     every = [points(record) for record in records]
     names = list(dict.fromkeys(itertools.chain.from_iterable(reversed(every))))
     if names[MOST_PANELS:]:
@@ -204,8 +199,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse(argv)
     drawn = 0
-    if find_spec("matplotlib") is None:
-        say("no figures: pip install 'fusedit[bench]', and the same command again")
+    pyplot = drawing()
     for given in flags.files:
         for path in sorted(given.rglob("*.json")) if given.is_dir() else [given]:
             records = [chosen_rows(record, flags.rows) for record in versions(path.resolve())]
@@ -215,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             title = f"{path.resolve().parent.name}/{path.stem}"
             print(changes(records, title))
-            if find_spec("matplotlib") is not None:
-                plot(records, title, flags.out / f"{title.replace('/', '-')}.png")
+            if pyplot is not None:
+                plot(pyplot, records, title, flags.out / f"{title.replace('/', '-')}.png")
             drawn += 1
     return int(not drawn)
 

@@ -19,7 +19,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from . import harness, report
 from .demo_steps import RunFailed, demo_data, run_module
 from .flags import Flags, positive
 from .harness import Record, say
-from .reference import Script, add_reference, data_flags, note, run_script
+from .reference import Script, data_flags, note, parse_with_script, run_script
 from .step_report import table
 
 SCRIPT, OURS = "the script", "ours"
@@ -170,13 +169,9 @@ def markdown(record: Record) -> str:
 
 def plot(record: Record, path: Path) -> bool:
     """A point for each seed; False without matplotlib."""
-    if find_spec("matplotlib") is None:
-        say("no plot: pip install 'fusedit[bench]', and the same command again")
+    pyplot = report.drawing()
+    if pyplot is None:
         return False
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(METRICS), figsize=(8, 3.2), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
@@ -198,12 +193,10 @@ def plot(record: Record, path: Path) -> bool:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.learning", str(__doc__))
-    add_reference(flags)
-    flags.add_record()
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--steps", type=positive, default=300, help="of each run")
     flags.add_argument("--held_out", type=positive, default=100, help="pairs that are edited")
-    chosen = flags.parse_args(argv)
+    chosen = parse_with_script(flags, argv)
     if len(chosen.seeds) < 2:
         flags.error(f"--seeds {chosen.seeds[0]}: give at least two, for their spread")
     return chosen

@@ -40,7 +40,7 @@ from .flags import Flags
 from .harness import Record, say
 from .models import DEMO, make_pairs, make_sd15
 from .recording import START, UPDATES, file_of
-from .reference import Script, add_reference, data_flags, note, run_script
+from .reference import Script, data_flags, note, parse_with_script, run_script
 from .replay import Named, Ours, Parts, Recorded, Truth, Update, kept
 
 FACTOR = 2.0  # ours may be this much further from the truth than the script is
@@ -222,10 +222,8 @@ def run(name: str, script: Script, work: Path) -> list[Record]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.parity", str(__doc__))
-    add_reference(flags)
     flags.add_argument("--preset", choices=list(PRESETS), default="tiny")
-    flags.add_record()
-    return flags.parse_args(argv)
+    return parse_with_script(flags, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ import argparse
 import hashlib
 import json
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -41,10 +43,15 @@ class Script(NamedTuple):
         return f"{self.path.name}, sha256 {self.sha256[:12]}, {same}"
 
 
-def add_reference(flags: Flags) -> None:
-    """--reference and --work."""
-    flags.add_argument("--reference", type=found_script, required=True, help=cure())
+def parse_with_script(flags: Flags, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of a benchmark of the script: its own, a record's, --reference and --work."""
+    flags.add_argument("--reference", type=found_script, help=cure())
     flags.add_argument("--work", type=Path, default=Path("runs/reference"), help="models, data")
+    flags.add_record()
+    words = sys.argv[1:] if argv is None else argv
+    if not any(word.split("=")[0] in ("--reference", "-h", "--help") for word in words):
+        flags.error(f"--reference is missing: give {cure()}")
+    return flags.parse_args(words)
 
 
 def cure() -> str:

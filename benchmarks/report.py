@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .flags import Flags, existing_file
 from .harness import Record, Timing, compare, read, say, write
@@ -99,6 +100,19 @@ def heading(record: Record) -> str:
     return "\n".join(lines)
 
 
+def drawing() -> Any:
+    """matplotlib's pyplot, without a screen; None, and a line, where it is not installed."""
+    if find_spec("matplotlib") is None:
+        say("no picture: pip install 'fusedit[bench]', and the same command again")
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def of_products(row: Record) -> bool:
     return row["labels"].get("op") in OF_PRODUCTS
 
@@ -119,13 +133,9 @@ def share(row: Record, found: Record | None) -> float | None:
 
 def plot(record: Record, path: Path) -> bool:
     """Share of the ceiling by op and shape; False, and no file, where nothing was timed."""
-    if find_spec("matplotlib") is None:
-        say("no plot: pip install 'fusedit[bench]', and python -m fusedit.benchmarks.report FILE")
+    pyplot = drawing()
+    if pyplot is None:
         return False
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
     rows = [row for row in record["rows"] if share(row, record["ceilings"]) is not None]
     if not rows:

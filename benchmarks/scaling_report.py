@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 
 from . import predicted, report
-from .harness import Record, Timing, say
+from .harness import Record, Timing
 from .predicted import OneGpu
 
 COLOURS = {"fp32": "#1f6feb", "bf16": "#f0883e"}
@@ -100,13 +99,9 @@ def prediction(record: Record, one: OneGpu, flags: argparse.Namespace) -> list[s
 
 def plot(record: Record, path: Path) -> bool:
     """Efficiency over ranks, measured and by the model; False without matplotlib."""
-    if find_spec("matplotlib") is None:
-        say("no plot: pip install 'fusedit[bench]', and the same command again")
+    pyplot = report.drawing()
+    if pyplot is None:
         return False
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     demo, checks = rows_of(record, "demo"), rows_of(record, "check")

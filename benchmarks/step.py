@@ -43,7 +43,7 @@ from .demo_steps import RunFailed, run_module
 from .flags import Flags, positive
 from .harness import Record, say
 from .models import DEMO, make_pairs, make_sd15
-from .reference import Script, add_reference, data_flags, note, read_stamps, run_script
+from .reference import Script, data_flags, note, parse_with_script, read_stamps, run_script
 from .rooflines import Ceilings, find_ceilings, ideal_ms
 from .timing import timing
 from .tracing import PHASES, SKIPPED, TRACE, TRACED
@@ -273,8 +273,6 @@ def traces(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.step", str(__doc__))
-    add_reference(flags)
-    flags.add_record()
     flags.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     flags.add_argument("--pixels", nargs="+", type=int, choices=list(BATCHES), default=[256])
     flags.add_argument("--tiny", action="store_true", help="the demo's base at 64 px, for a CPU")
@@ -282,7 +280,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--rounds", type=positive, default=3)
     flags.add_argument("--updates", type=positive, default=60, help="of a run")
     flags.add_argument("--warm_up", type=positive, default=20, help="of these, not timed")
-    chosen = flags.parse_args(argv)
+    chosen = parse_with_script(flags, argv)
     for name in ("updates", "warm_up"):
         if getattr(chosen, name) % EVERY:
             flags.error(f"--{name} {getattr(chosen, name)}: must be a multiple of {EVERY}")

@@ -1,12 +1,11 @@
 """step.json for people: tables, and a picture of where the time of an update goes."""
 
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 
-from .harness import Record, say
-from .report import heading
+from .harness import Record
+from .report import drawing, heading
 from .tracing import PHASES
 
 COLOURS = {
@@ -83,13 +82,9 @@ def script_line(record: Record) -> str:
 
 def plot(record: Record, path: Path) -> bool:
     """Bars of the phases; False without matplotlib."""
-    if find_spec("matplotlib") is None:
-        say("no plot: pip install 'fusedit[bench]', and the same command again")
+    pyplot = drawing()
+    if pyplot is None:
         return False
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
     rows = of_op(record, "phases")
     figure, axis = pyplot.subplots(figsize=(10, 1.6 + 0.5 * len(rows)), layout="constrained")

@@ -12,7 +12,7 @@ import torch
 from records import refusal
 from tiny import save_tiny_pipeline
 
-from fusedit.benchmarks import parity, reference, reference_run, tracing
+from fusedit.benchmarks import learning, parity, reference, reference_run, step, tracing
 from fusedit.benchmarks.demo_steps import RunFailed
 from fusedit.benchmarks.tracing import kind_of, phase_of
 from fusedit.launch.demo.run import save_pairs
@@ -169,3 +169,10 @@ def test_a_script_that_fails_says_its_last_line(tmp_path):
     script = reference.found_script(str(checkout(tmp_path)))
     with pytest.raises(RunFailed, match="exit code 1: the script met a mistake"):
         reference.run_script("stamps", script, ["--mistake=crash"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("module", [learning, parity, step])
+def test_without_the_script_it_is_said_where_it_is(module, capsys):
+    said = refusal(module.main, ["--out=x"], capsys)
+    assert "--reference is missing: give a checkout of huggingface/diffusers" in said
+    assert reference.MEASURED[:8] in said
