@@ -9,7 +9,6 @@ losses, gradients and weights of the first updates (recording.py). parity.py and
 
 import importlib
 import json
-import resource
 import runpy
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..trainer.log import memory_gib
 from .recording import UPDATES, recorded
 from .tracing import traced
 
@@ -42,14 +42,8 @@ def stamped(folder: Path) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-        (folder / STAMPS).write_text(json.dumps({"steps": times, "memory_gib": memory_gib()}))
-
-
-def memory_gib() -> float:
-    """The most that was allocated on the GPU, or was resident on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        (folder / STAMPS).write_text(json.dumps({"steps": times, "memory_gib": memory_gib(device)}))
 
 
 class RandomHorizontalFlip:

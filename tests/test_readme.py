@@ -25,7 +25,16 @@ SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
 TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(part)}
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {field.name for cls in (EditFlags, DemoFlags) for field in dataclasses.fields(cls)}
-OTHER_FLAGS |= {"compare", "tune", "quick", "write"}  # of benchmarks, whose own tests hold them
+OTHER_FLAGS |= {
+    "compare",
+    "tune",
+    "quick",
+    "write",
+    "reference",
+    "tiny",
+    "updates",
+    "warm_up",
+}  # of benchmarks, whose own tests hold them
 OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan
 
 

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from types import ModuleType
 
@@ -260,3 +261,16 @@ def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     with pytest.raises(UsageError, match="trackio"):
         check_trackers(("trackio",))
+
+
+def test_memory_is_not_that_of_the_process_that_started_it():
+    held = bytearray(2**30)
+    held[:: 2**12] = b"x" * (2**30 // 2**12)  # resident
+    program = (
+        "import torch; from fusedit.trainer.log import memory_gib;"
+        "print(memory_gib(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert memory_gib(torch.device("cpu")) > 1
+    assert 0.05 < float(done.stdout) < 1, done.stderr
+    assert held[0] == ord("x")
