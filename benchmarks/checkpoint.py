@@ -249,11 +249,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.checkpoint", str(__doc__))
     flags.add_record()
     flags.add_argument("--size", nargs="+", choices=list(SIZES), help="default: all that fit")
-    flags.add_argument("--folder", type=Path, help="on the disk; default: for temporary")
-    chosen = flags.parse_args(argv)
-    if chosen.folder is not None and not chosen.folder.is_dir():
-        flags.error(f"--folder {chosen.folder}: there is no such folder")
-    return chosen
+    flags.add_folder()
+    return flags.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -120,7 +120,6 @@ def plot(curves: Curves, source: str, path: Path) -> bool:
     pyplot = report.drawing()
     if pyplot is None:
         return False
-
     figure, (above, below) = pyplot.subplots(
         2, figsize=(9, 8), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
@@ -183,8 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fusedit.benchmarks.curves: {error}")
         return 1
     record["rows"] = rows(curves, flags.steps)
-    *_, source = report.heading(record).splitlines()
-    plot(curves, source, path.with_suffix(".png"))
+    plot(curves, report.source_of(record), path.with_suffix(".png"))
     return report.finish(record, path, flags.compare)
 
 

@@ -159,13 +159,10 @@ PARTS = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.data", str(__doc__))
     flags.add_record()
-    flags.add_argument("--folder", type=Path, help="where files are put; default: for temporary")
+    flags.add_folder()
     flags.add_argument("--only", choices=list(PARTS), help="default: all")
     flags.add_argument("--batch", type=positive, default=16, help="samples of a micro-batch")
-    chosen = flags.parse_args(argv)
-    if chosen.folder is not None and not chosen.folder.is_dir():
-        flags.error(f"--folder {chosen.folder}: there is no such folder")
-    return chosen
+    return flags.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

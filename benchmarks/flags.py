@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from .harness import Record, read
 from .shapes import shapes
 
@@ -28,6 +30,13 @@ class Flags(argparse.ArgumentParser):
         )
         self.add_argument("--commit", help="for a tree without .git")
 
+    def add_folder(self) -> None:
+        self.add_argument("--folder", type=existing_folder, help="for files; default: temporary")
+
+    def demand_gpu(self) -> None:
+        if not torch.cuda.is_available():
+            self.error("there is no GPU here to time on; run it where there is one")
+
     def error(self, message: str) -> NoReturn:
         """Argparse's own messages too: "argument --op: invalid choice: ..."."""
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -46,6 +55,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def file_name(text: str) -> str:
+    if not re.fullmatch(r"[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, _ and -, got {text!r}")
+    return text
+
+
 def several_presets(text: str) -> list[str]:
     """Presets with commas between them."""
     names = text.split(",")
@@ -55,6 +70,12 @@ def several_presets(text: str) -> list[str]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return names
+
+
+def existing_folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return Path(text)
 
 
 def existing_record(text: str) -> Record:

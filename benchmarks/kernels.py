@@ -15,7 +15,6 @@ Exit codes: 0 done; 1 an answer is wrong, or --compare found a slowdown; 2 a mis
 """
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from . import accuracy, harness, report, tune
 from .accuracy import Inputs
 from .accuracy import Op as Function
 from .directions import FAILURES, directions, timed, told
-from .flags import Flags, existing_record, positive, several_presets
+from .flags import Flags, existing_record, file_name, positive, several_presets
 from .harness import Record, Timing, say
 from .ops import DTYPES, OPS, PRESETS, Case, cases
 from .sweeps import SWEEPS
@@ -71,12 +70,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         cure = "give its op by --op" if chosen.tune else "it goes with --tune"
         flags.error(f"--kernel {' '.join(chosen.kernel)}: {cure}")
     return chosen
-
-
-def file_name(text: str) -> str:
-    if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"must be letters, digits, _ and -, got {text!r}")
-    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,6 @@ from .demo_steps import RunFailed, demo_data, run_module
 from .flags import Flags, positive
 from .harness import Record, say
 from .reference import Script, data_flags, note, parse_with_script, run_script
-from .step_report import table
 
 SCRIPT, OURS = "the script", "ours"
 COLOURS = {SCRIPT: "#d93025", OURS: "#1f6feb"}
@@ -164,7 +163,7 @@ def markdown(record: Record) -> str:
         for row in record["rows"]
     ]
     head = ["", "program", *(seed.replace("_", " ") for seed in seeds), "mean", "verdict"]
-    return f"{report.heading(record)}\n\n{table(head, lines)}\n"
+    return f"{report.heading(record)}\n\n{report.table(head, lines)}\n"
 
 
 def plot(record: Record, path: Path) -> bool:
@@ -172,7 +171,6 @@ def plot(record: Record, path: Path) -> bool:
     pyplot = report.drawing()
     if pyplot is None:
         return False
-
     figure, axes = pyplot.subplots(1, len(METRICS), figsize=(8, 3.2), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for row in record["rows"]:

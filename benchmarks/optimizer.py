@@ -162,8 +162,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.optimizer", str(__doc__))
     flags.add_record()
     chosen = flags.parse_args(argv)
-    if not torch.cuda.is_available():
-        flags.error("there is no GPU here to time on; run it where there is one")
+    flags.demand_gpu()
     return chosen
 
 

@@ -23,7 +23,6 @@ from transformers import CLIPTextModel
 
 UPDATES = 20
 START = "start.safetensors"
-DRAWS = ("posterior", "noise", "timesteps", "dropout")
 
 
 def file_of(update: int) -> str:

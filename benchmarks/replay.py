@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels import edit_input
 from ..trainer import loss
 from ..trainer.config import OptimConfig, RunConfig
-from ..trainer.data import PixelBatch
+from ..trainer.data import PixelBatch, make_tokenize
 from ..trainer.diffusion import Diffusion
 from ..trainer.draws import Purpose
 from ..trainer.ema import Ema
@@ -94,10 +94,7 @@ class Parts(NamedTuple):
         return unet
 
     def null_tokens(self) -> Tensor:
-        tokenizer = self.described.tokenizer
-        length = tokenizer.model_max_length
-        found = tokenizer([""], max_length=length, padding="max_length", return_tensors="pt")
-        return found.input_ids.to(self.device)
+        return make_tokenize(self.described.tokenizer)("")[None].to(self.device)
 
 
 class Ours:

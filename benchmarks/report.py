@@ -23,22 +23,22 @@ def finish(
     record: Record,
     path: Path,
     earlier: Record | None = None,
-    table: Callable[[Record], str] | None = None,
+    told: Callable[[Record], str] | None = None,
 ) -> int:
     """Writes and prints a complete record, and tells what is not right.
 
     Args:
         earlier: a record to compare with.
-        table: makes what is printed, instead of `markdown`, and written beside the record.
+        told: makes what is printed, instead of `markdown`, and written beside the record.
 
     Returns: the exit code: 1, if an answer is not right or became slower; 2, if the earlier record
         cannot be compared.
     """
     record["complete"] = True
     write(record, path)
-    if table is not None:
-        path.with_suffix(".md").write_text(table(record))
-    print((table or markdown)(record))
+    if told is not None:
+        path.with_suffix(".md").write_text(told(record))
+    print((told or markdown)(record))
     return judged(record, record["rows"], earlier)
 
 
@@ -78,17 +78,22 @@ def markdown(record: Record) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def heading(record: Record) -> str:
-    source, found = record["provenance"], record["ceilings"]
+def source_of(record: Record) -> str:
+    """A line: where, by what and of which commit it was measured."""
+    source = record["provenance"]
     machine, versions = source["machine"], source["versions"]
     changed = " with changes" if source["dirty"] else ""
-    lines = [
-        f"# {record['benchmark']}" + ("" if record["complete"] else ", not complete"),
-        "",
+    return (
         f"{machine['gpu'] or machine['cpu'] + ', no GPU'}; torch {versions['torch']}, triton "
         f"{versions['triton']}; commit {(source['commit'] or 'unknown')[:12]}{changed}; "
-        f"{source['time']}; `{source['command']}`",
-    ]
+        f"{source['time']}; `{source['command']}`"
+    )
+
+
+def heading(record: Record) -> str:
+    found, whole = record["ceilings"], record["complete"]
+    lines = [f"# {record['benchmark']}" + ("" if whole else ", not complete"), ""]
+    lines += [source_of(record)]
     if found:
         lines += [
             "",
@@ -136,7 +141,6 @@ def plot(record: Record, path: Path) -> bool:
     pyplot = drawing()
     if pyplot is None:
         return False
-
     rows = [row for row in record["rows"] if share(row, record["ceilings"]) is not None]
     if not rows:
         return False
@@ -193,7 +197,8 @@ def by_shape(rows: Iterable[Record]) -> dict[tuple[str, ...], dict[str, dict[str
     return found
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
     rule = ["---"] * len(head)
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
 
@@ -222,7 +227,7 @@ def _times(rows: list[Record], found: Record | None) -> str:
         line.append(f"{reached / per_unit:.0f}" if reached else "-")
         line.append(f"{part:.0%}" if part is not None else "-")
         lines.append(line)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _against_best(rows: list[Record]) -> str:
@@ -239,7 +244,7 @@ def _against_best(rows: list[Record]) -> str:
         pairs = list(zip(rates["ours"], theirs[best], strict=True))
         told = [f"{own / 1e12:.0f}, {other / 1e12:.0f}" for own, other in pairs]
         lines.append([*name, best, *told, f"{pairs[-1][0] / pairs[-1][1]:.2f}"])
-    return _table(head, lines) if lines else ""
+    return table(head, lines) if lines else ""
 
 
 def _rates(ways: dict[str, Record]) -> tuple[float, float, float]:
@@ -270,7 +275,7 @@ def _steps(rows: list[Record]) -> str:
          f"{into['eager'] / into['ours']:.2f}"]
         for name, into in sorted(sums.items())
     ]  # fmt: skip
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _untimed(rows: list[Record]) -> str:
@@ -285,7 +290,7 @@ def _untimed(rows: list[Record]) -> str:
         ]
         for row in rows
     ]
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

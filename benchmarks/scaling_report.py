@@ -1,7 +1,6 @@
 """What `scaling.py` found, for people: tables and a picture."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
 
@@ -22,11 +21,6 @@ def rows_of(record: Record, what: str) -> list[Record]:
     return [row for row in record["rows"] if row["labels"]["what"] == what]
 
 
-def listed(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
 def measured(record: Record) -> list[str]:
     """Tables of ranks and of buckets, and what the model says of each number of ranks."""
     lines = []
@@ -39,7 +33,7 @@ def measured(record: Record) -> list[str]:
         step_ms = f"{step.median_ms:.1f}", f"{100 * step.spread:.1f}"
         lines.append([f"{row['labels']['ranks']}", *told, *step_ms])
     head = ["ranks", "images/s, of rounds", "of as many single ranks, of rounds", "step ms", "± %"]
-    parts = [listed(head, lines)]
+    parts = [report.table(head, lines)]
     made = rows_of(record, "bucket")
     names = [name for name in made[0]["values"] if name.startswith("all_reduce")]
     lines = [
@@ -53,7 +47,7 @@ def measured(record: Record) -> list[str]:
     ]
     head = ["bucket", "MB", "ready, of the step"]
     head += [f"all-reduce ms, ranks: {name.rpartition('_')[2]}" for name in names]
-    parts.append(listed(head, lines))
+    parts.append(report.table(head, lines))
     for row in rows_of(record, "check"):
         values = row["values"]
         parts.append(
@@ -89,11 +83,11 @@ def prediction(record: Record, one: OneGpu, flags: argparse.Namespace) -> list[s
         f"{one.step_ms:.1f} ms, its backward {one.backward_ms:.1f}. Links, one way, of a GPU: "
         f"{flags.nvlink_gb_per_s:g} GB/s among {flags.gpus_a_node}, {flags.network_gb_per_s:g} "
         f"GB/s between nodes; {flags.link_efficiency:.0%} of that is taken to be reached.",
-        listed(head, lines),
+        report.table(head, lines),
         f"The paper's run on {predicted.PAPER_GPUS} GPUs, {predicted.RECIPE_STEPS:,} steps of "
         f"{predicted.RECIPE_BATCH:,} images. The paper took {predicted.PAPER_HOURS} h on as many "
         f"A100s, {predicted.PAPER_GPUS * predicted.PAPER_HOURS:g} GPU-hours. Prices are assumed.",
-        listed(of_run, runs),
+        report.table(of_run, runs),
     ]
 
 
@@ -102,7 +96,6 @@ def plot(record: Record, path: Path) -> bool:
     pyplot = report.drawing()
     if pyplot is None:
         return False
-
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
     demo, checks = rows_of(record, "demo"), rows_of(record, "check")
     ranks = [row["labels"]["ranks"] for row in demo]
@@ -131,7 +124,7 @@ def plot(record: Record, path: Path) -> bool:
     axis.set_ylim(0, 110)
     axis.set_xlabel("ranks, or GPUs, each with the same batch")
     axis.set_ylabel("% of the images/s of as many single ones")
-    source = report.heading(record).splitlines()[2]
+    source = report.source_of(record)
     axis.set_title("\n".join(wrap(source, 130)), fontsize=8, loc="left")
     axis.legend(loc="lower left")
     figure.savefig(path, dpi=110)

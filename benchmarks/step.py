@@ -40,7 +40,7 @@ from ..trainer.log import LOG_FILE
 from ..trainer.pretrained import describe
 from . import harness, report, step_report
 from .demo_steps import RunFailed, run_module
-from .flags import Flags, positive
+from .flags import Flags, file_name, positive
 from .harness import Record, say
 from .models import DEMO, make_pairs, make_sd15
 from .reference import Script, data_flags, note, parse_with_script, read_stamps, run_script
@@ -188,19 +188,20 @@ def measured(
             say(f"{case.preset}, {case.pixels} px, round {turn}: {way}")
             settings = (flags.work, flags.updates, flags.warm_up)
             runs[way].append(run_of(case, way, script, *settings))
-    return [row_of(case, way, runs, ceilings, flags.work) for way in WAYS]
+    flops = case.images * flops_of_image(case, flags.work)
+    return [row_of(case, way, runs, ceilings, flops) for way in WAYS]
 
 
 def row_of(
-    case: Case, way: str, runs: Mapping[str, Sequence[Run]], ceilings: Ceilings, work: Path
+    case: Case, way: str, runs: Mapping[str, Sequence[Run]], ceilings: Ceilings, flops: float
 ) -> Record:
+    """Args: flops: of an update, nothing computed twice."""
     own = runs[way]
     means = {of: [statistics.fmean(run.update_ms) for run in runs[of]] for of in runs}
     ratios = [theirs / ours for ours, theirs in zip(means[way], means[SCRIPT], strict=True)]
     taken = timing([ms for run in own for ms in run.update_ms])
     pairs = zip(own, means[way], strict=True)
     apart = max(abs(run.other_clock_ms / mean - 1) for run, mean in pairs)
-    flops = case.images * flops_of_image(case, work)
     values = {
         "images_per_s": 1e3 * case.images / taken.median_ms,
         "memory_gib": max(run.memory_gib for run in own),
@@ -276,7 +277,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     flags.add_argument("--pixels", nargs="+", type=int, choices=list(BATCHES), default=[256])
     flags.add_argument("--tiny", action="store_true", help="the demo's base at 64 px, for a CPU")
-    flags.add_argument("--name", default="step", help="of the files")
+    flags.add_argument("--name", type=file_name, default="step", help="of the files")
     flags.add_argument("--rounds", type=positive, default=3)
     flags.add_argument("--updates", type=positive, default=60, help="of a run")
     flags.add_argument("--warm_up", type=positive, default=20, help="of these, not timed")

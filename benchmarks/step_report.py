@@ -1,11 +1,10 @@
 """step.json for people: tables, and a picture of where the time of an update goes."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import wrap
 
 from .harness import Record
-from .report import drawing, heading
+from .report import drawing, heading, source_of, table
 from .tracing import PHASES
 
 COLOURS = {
@@ -27,11 +26,6 @@ def of_op(record: Record, op: str) -> list[Record]:
 def name_of(row: Record) -> str:
     labels = row["labels"]
     return f"{labels['preset']}, {labels['pixels']} px, {labels['way']}"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
 def markdown(record: Record) -> str:
@@ -85,7 +79,6 @@ def plot(record: Record, path: Path) -> bool:
     pyplot = drawing()
     if pyplot is None:
         return False
-
     rows = of_op(record, "phases")
     figure, axis = pyplot.subplots(figsize=(10, 1.6 + 0.5 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
@@ -101,8 +94,7 @@ def plot(record: Record, path: Path) -> bool:
     axis.margins(x=0.12)
     axis.set_xlabel("milliseconds of an update")
     axis.legend(ncols=len(COLOURS), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    *_, source = heading(record).splitlines()
-    figure.suptitle("\n".join(wrap(source, 140)), fontsize=7)
+    figure.suptitle("\n".join(wrap(source_of(record), 140)), fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

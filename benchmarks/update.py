@@ -280,8 +280,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--way", nargs="+", choices=list(WAYS), default=list(WAYS))
     flags.add_argument("--limit_s", type=positive, help="no new row after so long")
     chosen = flags.parse_args(argv)
-    if not torch.cuda.is_available():
-        flags.error("there is no GPU here to time on; run it where there is one")
+    flags.demand_gpu()
     return chosen
 
 

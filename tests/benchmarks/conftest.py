@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from fake_gpu import faked
 
 
@@ -21,3 +22,21 @@ def fake_gpu(monkeypatch, no_gpu) -> Iterator[None]:
         monkeypatch.setattr(timing, name, value)
     with faked():
         yield
+
+
+@pytest.fixture
+def tiny_sd15(monkeypatch):
+    """A small UNet in the place of Stable Diffusion 1.5's; what makes it."""
+
+    def make():
+        return UNet2DConditionModel(
+            sample_size=32, in_channels=8, block_out_channels=(32, 32), cross_attention_dim=16,
+            attention_head_dim=4, layers_per_block=1, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+
+    from fusedit.benchmarks import update
+
+    monkeypatch.setattr(update, "make_unet", make)
+    return make

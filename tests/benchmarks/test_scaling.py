@@ -268,20 +268,6 @@ def test_all_reduces_are_timed_by_size(tmp_path):
     assert all(ms > 0 for runs in found for ms in runs)
 
 
-@pytest.fixture
-def tiny_sd15(monkeypatch):
-    def make():
-        return UNet2DConditionModel(
-            sample_size=32, in_channels=8, block_out_channels=(32, 32), cross_attention_dim=16,
-            attention_head_dim=4, layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-
-    monkeypatch.setattr(update, "make_unet", make)
-    return make
-
-
 def test_the_update_on_a_gpu_is_noted(tiny_sd15, tmp_path, monkeypatch):
     """On a CPU: kernels, the compiler and streams need a GPU."""
     asked = []

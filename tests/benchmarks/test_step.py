@@ -66,7 +66,8 @@ def row_of(case, tmp_path, **runs):
     made = {THE_SCRIPT: [Run([100.0, 100.0], 100.0, 2.0), Run([120.0, 120.0], 120.0, 2.5)]}
     made |= {SAME: made[THE_SCRIPT], RECOMMENDED: made[THE_SCRIPT], **runs}
     (way,) = runs or {SAME: 0}
-    return step.row_of(case, way, made, CEILINGS, tmp_path)
+    flops = case.images * step.flops_of_image(case, tmp_path)
+    return step.row_of(case, way, made, CEILINGS, flops)
 
 
 def test_the_ratio_is_that_of_rounds_beside_each_other(case, tmp_path):

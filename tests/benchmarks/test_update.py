@@ -4,7 +4,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from records import refusal
 
 from fusedit.benchmarks import harness, update
@@ -28,17 +27,7 @@ class Clock:
         return timing([10.0, 10.0, 10.0])
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    def make():
-        return UNet2DConditionModel(
-            sample_size=32, in_channels=8, block_out_channels=(32, 32), cross_attention_dim=16,
-            attention_head_dim=4, layers_per_block=1, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-
-    monkeypatch.setattr(update, "make_unet", make)
+pytestmark = pytest.mark.usefixtures("tiny_sd15")
 
 
 @pytest.mark.parametrize("name", ["plain", "all-bf16", "all-lean"])
