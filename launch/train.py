@@ -116,12 +116,10 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
         else:
             command = shlex.join([*starter(world), *argv])
             done = train(flags.run, world, command=command, **told)
-        world.stop()
     except UsageError as error:  # on all ranks alike, so all leave; after a bug others may wait
         if rank == 0:
             print(f"fusedit: {error}", file=sys.stderr)
-        world.stop()
-        return MISTAKE
+        code = MISTAKE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -131,7 +129,10 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
             file=sys.stderr,
         )
         return MISTAKE
-    return DONE if done else STOPPED
+    else:
+        code = DONE if done else STOPPED
+    world.stop()  # here: an exception's traceback would have held the run, which must go first
+    return code
 
 
 if __name__ == "__main__":

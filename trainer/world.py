@@ -1,5 +1,6 @@
 """The ranks of a run: who I am, what device I have, and the few things ranks tell each other."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,8 +53,13 @@ class World:
                 ) from None
 
     def stop(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, which nothing of the run may hold any more.
+
+        DDP's reducer would otherwise drop it last, and wait for gloo's thread while holding the
+        lock of the interpreter that gloo's thread waits for.
+        """
         if self.size > 1 and dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
