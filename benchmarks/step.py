@@ -4,11 +4,11 @@
     python -m fusedit.benchmarks.step --reference PATH --tiny --out results
     python -m fusedit.benchmarks.step --reference PATH --preset tuned --pixels 512 --out results
 
-Three rows a preset: the script, unmodified, in a process of its own; ours with the very same flags;
+Four rows a preset: the script, unmodified, in a process of its own; ours with the very same flags;
 ours as recommended, that is from a cache, micro-steps merged, without gradient checkpointing, and
-with bf16 weights on a GPU. `as-shipped` is the command of the script's guide; `tuned` gives the
-script its best: bf16, TF32, a large batch without checkpointing, and workers. xformers is left out
-of the guide's command: the script runs on PyTorch's own attention.
+with bf16 weights on a GPU; and that without the cache. `as-shipped` is the command of the script's
+guide; `tuned` gives the script its best: bf16, TF32, a large batch without checkpointing, and
+workers. xformers is left out of the guide's command: the script runs on PyTorch's own attention.
 
 Each program runs --rounds times, by turns. Time is taken by the programs' own logs, from outside of
 the loop, --warm_up updates cut off; the script's must agree with a hook on its optimizer, ours with
@@ -74,7 +74,9 @@ PRESETS = {"as-shipped": GUIDE, "tuned": TUNED}
 # What fits a card of 80 GB without checkpointing, by pixels.
 BATCHES = {256: 64, 512: 32}
 SCRIPT, SAME, RECOMMENDED = "the script", "same flags", "recommended"
-WAYS = (SCRIPT, SAME, RECOMMENDED)
+UNCACHED = "recommended, no cache"
+CACHE = "cache_latents"  # the flag
+WAYS = (SCRIPT, SAME, UNCACHED, RECOMMENDED)
 
 Values = Mapping[str, object]
 
@@ -95,7 +97,10 @@ class Case(NamedTuple):
         return math.prod(sizes(self.values))
 
     def flags(self, way: str) -> Values:
-        return {**self.values, **(self.recommended if way == RECOMMENDED else {})}
+        if way in (SCRIPT, SAME):
+            return self.values
+        uncached = {name: value for name, value in self.recommended.items() if name != CACHE}
+        return {**self.values, **(uncached if way == UNCACHED else self.recommended)}
 
     def labels(self, way: str) -> dict[str, str | int]:
         by = "reference" if way == SCRIPT else "ours"
@@ -118,7 +123,7 @@ def case_of(preset: str, pixels: int, work: Path, *, tiny: bool) -> Case:
         "train_batch_size": math.prod(sizes(values)),
         "gradient_accumulation_steps": 1,
         "center_crop": True,  # of a square it is all, as the script's crop is of any image
-        "cache_latents": work / f"cache-{pixels}",
+        CACHE: work / f"cache-{pixels}",
     }
     if tiny:  # a CPU's autocast is slower than its fp32, and its two cores have no time for workers
         values |= {"mixed_precision": "no", "dataloader_num_workers": 0, "allow_tf32": False}

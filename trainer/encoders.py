@@ -33,7 +33,7 @@ class Encoders:
     Args:
         null_tokens: [1, tokens] int64, the empty instruction; encoded once, here.
         dtype: of the encoders and of the samples; the reference uses that of mixed_precision.
-        fused: the VAE's norms by our kernels, channels_last; PyTorch's would copy to NCHW and back.
+        fused: the VAE's norms by our kernels.
     """
 
     def __init__(
@@ -47,8 +47,9 @@ class Encoders:
         fused: bool = False,
     ) -> None:
         self.vae = _frozen(vae, device, dtype)
-        if fused:
+        if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
             self.vae = self.vae.to(memory_format=torch.channels_last)
+        if fused:
             fuse(self.vae.encoder, ops=("group_norm",))
         self.text_encoder = _frozen(text_encoder, device, dtype)
         self.device = device

@@ -103,15 +103,16 @@ class Masters:
 
         def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
             received = bucket.buffer()
-            grads: list[Any] = [of[parameter].grad for parameter in bucket.parameters()]
-            torch._foreach_add_(grads, bucket.gradients())
-            sent = torch.cat([_in_memory(grad) for grad in grads]).to(dtype).div_(ranks)
+            grads: list[Any] = [_in_memory(of[copy].grad) for copy in bucket.parameters()]
+            sizes = [grad.numel() for grad in grads]
+            # Not bucket.gradients(), which reads what lies channels_last as if it were contiguous.
+            torch._foreach_add_(grads, list(received.split(sizes)))
+            sent = torch.cat(grads).to(dtype).div_(ranks)
             work: Any = dist.all_reduce(sent, async_op=True)
 
             def store(done: torch.futures.Future[list[Tensor]]) -> Tensor:
                 (mean,) = done.value()
-                parts = mean.split([grad.numel() for grad in grads])
-                torch._foreach_copy_([_in_memory(grad) for grad in grads], list(parts))
+                torch._foreach_copy_(grads, list(mean.split(sizes)))
                 return received.zero_()
 
             return work.get_future().then(store)
@@ -152,6 +153,6 @@ def _gradients_of(parameters: list[nn.Parameter], dtype: torch.dtype) -> Tensor:
     return row
 
 
-def _in_memory(tensor: Tensor) -> Tensor:
+def _in_memory(tensor: Any) -> Tensor:
     """[elements], a view in the order of memory."""
     return tensor.as_strided((tensor.numel(),), (1,))

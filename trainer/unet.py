@@ -63,7 +63,7 @@ def prepare_unet(
     param_dtype: Format = "fp32",
     sums: bool = True,
 ) -> Prepared:
-    """Moves a UNet to the device, every parameter trainable, channels_last where it is fused.
+    """Moves a UNet to the device, every parameter trainable, channels_last where that is faster.
 
     Args:
         fused: puts the kernels of `kernels/unet.py` in the place of its norms, gates and attention.
@@ -77,7 +77,7 @@ def prepare_unet(
         unet.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         )
-    if fused:
+    if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
         unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
     masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
     return Prepared(

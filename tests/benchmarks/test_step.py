@@ -11,7 +11,7 @@ from test_reference import SCRIPT, inputs  # noqa: F401
 from fusedit.benchmarks import harness, reference, reference_run, rooflines, step, step_report
 from fusedit.benchmarks.demo_steps import RunFailed
 from fusedit.benchmarks.rooflines import Ceilings
-from fusedit.benchmarks.step import RECOMMENDED, SAME, Case, Run
+from fusedit.benchmarks.step import RECOMMENDED, SAME, UNCACHED, Case, Run
 from fusedit.benchmarks.step import SCRIPT as THE_SCRIPT
 from fusedit.launch.flags import parse
 from fusedit.trainer.counting import KINDS, Work
@@ -47,6 +47,9 @@ def test_as_recommended_an_update_has_as_many_images(case, tmp_path):
     same = flags(case, SAME, tmp_path)
     for section in ("optim", "conditioning"):
         assert getattr(run, section) == getattr(same, section)
+    uncached = flags(case, UNCACHED, tmp_path)
+    assert uncached.data.cache_latents is None
+    assert uncached.loop == run.loop
 
 
 def test_on_a_gpu_the_script_has_its_best(tmp_path, monkeypatch):
@@ -64,7 +67,7 @@ def test_on_a_gpu_the_script_has_its_best(tmp_path, monkeypatch):
 
 def row_of(case, tmp_path, **runs):
     made = {THE_SCRIPT: [Run([100.0, 100.0], 100.0, 2.0), Run([120.0, 120.0], 120.0, 2.5)]}
-    made |= {SAME: made[THE_SCRIPT], RECOMMENDED: made[THE_SCRIPT], **runs}
+    made |= dict.fromkeys((SAME, UNCACHED, RECOMMENDED), made[THE_SCRIPT]) | runs
     (way,) = runs or {SAME: 0}
     flops = case.images * step.flops_of_image(case, tmp_path)
     return step.row_of(case, way, made, CEILINGS, flops)
@@ -154,7 +157,7 @@ def record(case, tmp_path, monkeypatch):
     """The whole command, its runs made up."""
 
     def run_of(case, way, *_):
-        taken = {THE_SCRIPT: 300.0, SAME: 200.0, RECOMMENDED: 75.0}[way]
+        taken = {THE_SCRIPT: 300.0, SAME: 200.0, UNCACHED: 150.0, RECOMMENDED: 75.0}[way]
         return Run([taken, taken * 1.01], taken, 1.0)
 
     def traces(case, way, script, work, update_ms, ceilings):
@@ -178,7 +181,7 @@ def test_the_table_has_each_preset_and_way(record):
     assert "| as-shipped, 64 px, the script | 53.1 | 302 | 1.00 (1.00 to 1.00) |" in text
     assert "| tuned, 64 px, recommended | 212.3 | 75 | 4.00 (4.00 to 4.00) |" in text
     assert "PyTorch's own attention, for xformers is left out" in text
-    assert text.count("50%") == 2 * 2 * len(KINDS)
+    assert text.count("50%") == 2 * 3 * len(KINDS)
     found = json.loads((record / "step.json").read_text())["provenance"]["reference"]
     assert len(found["sha256"]) == 64
 
@@ -187,7 +190,7 @@ def test_the_picture_has_a_bar_for_each(record):
     with Image.open(record / "step.png") as picture:
         assert picture.width > 800
     made = harness.read(record / "step.json")
-    assert len(step_report.of_op(made, "phases")) == 6
+    assert len(step_report.of_op(made, "phases")) == 8
 
 
 @pytest.mark.parametrize(
