@@ -9,6 +9,7 @@ from fusedit.trainer.data import PixelBatch
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.ema import Ema
 from fusedit.trainer.encoders import Encoders, SideStream
+from fusedit.trainer.families import STABLE_DIFFUSION, TextEncoder
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.optim import make_optimizer
 from fusedit.trainer.step import LossScale, Rates, StepResult, train_step
@@ -30,7 +31,8 @@ class Job:
     ) -> None:
         self.device, self.lr = torch.device(device), lr
         vae = AutoencoderKL.from_pretrained(base / "vae")
-        text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+        clip = CLIPTextModel.from_pretrained(base / "text_encoder")
+        text_encoder = TextEncoder(STABLE_DIFFUSION, {"text_encoder": clip})
         self.tokens = torch.full((2, 8), 3)
         dtype = torch.float16 if fp16 and device == "cuda" else torch.float32
         if precision.get("param_dtype") == "bf16":
@@ -55,7 +57,7 @@ class Job:
     def batch(self, first: int) -> PixelBatch:
         images = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
         positions = torch.arange(first, first + 2)
-        batch = PixelBatch(*images, self.tokens, positions, torch.ones(2), ())
+        batch = PixelBatch(*images, self.tokens, torch.zeros(2, 6), positions, torch.ones(2), ())
         if self.device.type != "cuda":
             return batch
         return PixelBatch(*(one.pin_memory() for one in batch[:-1]), ())

@@ -14,6 +14,7 @@ from .data import CENTRE, make_loader, transform
 from .draws import Purpose, draw_uniform
 from .encoders import Encoders
 from .errors import UsageError
+from .families import SIZE_IDS
 from .rows import BadSample, Rows
 from .world import World
 
@@ -30,6 +31,7 @@ class Visit(NamedTuple):
     original: Tensor  # [mirrors x crops, 3, resolution, resolution] uint8
     edited: Tensor
     tokens: Tensor  # [length] int64
+    size_ids: Tensor  # [mirrors x crops, 6] fp32
     error: str | None = None
 
 
@@ -37,6 +39,7 @@ class VisitBatch(NamedTuple):
     original: Tensor  # [n, mirrors x crops, 3, resolution, resolution] uint8
     edited: Tensor
     tokens: Tensor  # [n, length] int64
+    size_ids: Tensor  # [n, mirrors x crops, 6] fp32
     errors: Sequence[str | None]
 
 
@@ -118,6 +121,7 @@ class Visits:
             original=torch.stack([visit.original for visit in found]),
             edited=torch.stack([visit.edited for visit in found]),
             tokens=torch.stack([visit.tokens for visit in found]),
+            size_ids=torch.stack([visit.size_ids for visit in found]),
             errors=[visit.error for visit in found],
         )
 
@@ -127,11 +131,12 @@ class Visits:
         except BadSample as error:
             side = self._section.resolution
             zeros = torch.zeros(self._shape.variants, 3, side, side, dtype=torch.uint8)
-            return Visit(zeros, zeros, self._tokenize(""), str(error))
+            no_ids = torch.zeros(self._shape.variants, SIZE_IDS)
+            return Visit(zeros, zeros, self._tokenize(""), no_ids, str(error))
         draws = self._draws(row, pair)
         cuts = [transform(original, edited, self._section, own) for own in draws]
-        originals, editeds = (torch.stack(images) for images in zip(*cuts, strict=True))
-        return Visit(originals, editeds, self._tokenize(prompt))
+        originals, editeds, size_ids = (torch.stack(parts) for parts in zip(*cuts, strict=True))
+        return Visit(originals, editeds, self._tokenize(prompt), size_ids)
 
     def _draws(self, row: int, pair: int) -> list[tuple[float, ...]]:
         """Of each mirror and crop; where no draw changes the crop, the middle."""
@@ -220,9 +225,10 @@ class Build:
             for shard in shards[self.world.rank :: self.world.size]:
                 own = tokens[list(shard)]
                 parts = own.split(self.encode_at_once)
-                encoded = [self.encoders.encode_text(p.to(self.world.device)).cpu() for p in parts]
+                encoded = [self.encoders.encode_text(p.to(self.world.device)) for p in parts]
+                text, pooled = (torch.cat(part).cpu() for part in zip(*encoded, strict=True))
                 digest = torch.from_numpy(np.stack([text_digest(one) for one in own]))
-                tensors = {"text": torch.cat(encoded), "digest": digest}
+                tensors = {"text": text, "pooled": pooled, "digest": digest}
                 self.written(self.cache.write("texts", tensors, {}))
 
     def _cut(self, total: int, each_bytes: int) -> list[range]:
@@ -236,6 +242,7 @@ class Build:
         shape = self.cache.shape
         latents = torch.empty((len(units), shape.variants, *shape.latents_shape[2:]))
         latents = latents.to(shape.dtype)
+        size_ids = torch.empty(len(units), shape.variants, SIZE_IDS)
         tokens: list[Tensor] = []
         bad: dict[str, str] = {}
         while len(tokens) < len(units):
@@ -249,13 +256,15 @@ class Build:
                     f"{next(iter(bad.values()))}; --on_bad_sample skip goes on without it"
                 )
             count = len(batch.tokens)
-            latents[len(tokens) : len(tokens) + count] = self._encode(batch)
+            here = slice(len(tokens), len(tokens) + count)
+            latents[here], size_ids[here] = self._encode(batch), batch.size_ids
             tokens += batch.tokens.to(torch.int32)
             self.done(count)
         name = self.cache.write(
             "pairs",
             {
                 "latents": latents.reshape(-1, *shape.latents_shape),
+                "size_ids": size_ids.unflatten(1, (shape.mirrors, shape.crops)),
                 "unit": torch.from_numpy(np.stack(np.divmod(units, PAIRS_A_ROW), axis=1)),
                 "tokens": torch.stack(tokens),
                 "digest": torch.from_numpy(np.stack([text_digest(one) for one in tokens])),

@@ -4,8 +4,9 @@
       manifest.json               the key in the clear, shapes, size and SHA-256 of each shard
       pairs-....safetensors       latents [pairs, mirrors, crops, 3, 4, h, w]: mean, std, condition
                                   unit [pairs, 2] int64: row, and which of its pairs
+                                  size_ids [pairs, mirrors, crops, 6] fp32
                                   tokens [pairs, length] int32, digest [pairs, 16] uint8: its text
-      texts-....safetensors       text [n, length, width], digest [n, 16] uint8
+      texts-....safetensors       text [n, tokens, width], pooled [n, pooled], digest [n, 16] uint8
       pairs-....json              the same of a shard that the manifest does not list yet
 
 A shard counts once its line in a JSON file says so, which is written after it. So a kill at any
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from .config import DataConfig
 from .errors import UsageError
+from .families import SIZE_IDS, text_widths
 from .files import cannot_write, differs, write_tensors, write_text
 from .pretrained import Described
 
@@ -41,6 +43,7 @@ class Shape(NamedTuple):
     crops: int
     latent: tuple[int, ...]  # [channels, height, width]
     text: tuple[int, ...]  # [tokens, width]
+    pooled: int  # width; 0 where the UNet takes none
     dtype: torch.dtype
 
     @property
@@ -54,23 +57,24 @@ class Shape(NamedTuple):
 
     @property
     def pair_bytes(self) -> int:
-        return torch.Size(self.latents_shape).numel() * self.dtype.itemsize
+        latents = torch.Size(self.latents_shape).numel() * self.dtype.itemsize
+        return latents + self.variants * SIZE_IDS * 4
 
     @property
     def text_bytes(self) -> int:
-        return torch.Size(self.text).numel() * self.dtype.itemsize
+        return (torch.Size(self.text).numel() + self.pooled) * self.dtype.itemsize
 
 
-def shape_of(
-    section: DataConfig, described: Described, text_width: int, dtype: torch.dtype
-) -> Shape:
+def shape_of(section: DataConfig, described: Described, dtype: torch.dtype) -> Shape:
     """What a run's cache keeps."""
     side = section.resolution // described.vae_factor
+    states, pooled = text_widths(described.unet)
     return Shape(
         mirrors=2 if section.random_flip else 1,
         crops=section.cache_crops or 1,
         latent=(described.vae.get("latent_channels", 4), side, side),
-        text=(described.tokenizer.model_max_length, text_width),
+        text=(described.tokens, states),
+        pooled=pooled,
         dtype=dtype,
     )
 
@@ -128,6 +132,7 @@ class CacheFolder:
             "key": self.parts,
             "latents": shape.latents_shape,
             "text": shape.text,
+            "pooled": shape.pooled,
             "dtype": str(shape.dtype).removeprefix("torch."),
             "shards": shards,
         }

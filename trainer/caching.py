@@ -97,7 +97,7 @@ class Filling:
 
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world, self.data = plan, world, plan.config.data
-        self.tokenize = make_tokenize(plan.described.tokenizer)
+        self.tokenize = make_tokenize(plan.described.tokenizers)
         self.null_tokens = self.tokenize("")[None]
         self.wanted = wanted_units(plan.rows, plan.train_rows)
         self.missing = self.wanted
@@ -118,11 +118,11 @@ class Filling:
                 self.data,
                 self.vae,
                 self.text_encoder,
-                plan.described.tokenizer,
+                plan.described.tokenizers,
                 plan.dtype,
+                plan.vae_dtype,
             )
-            width = self.text_encoder.config.hidden_size
-            shape = shape_of(self.data, plan.described, width, plan.dtype)
+            shape = shape_of(self.data, plan.described, plan.dtype)
             root = plan.output / "cache" if is_url(where) else Path(where).expanduser()
             if root.exists() and not root.is_dir():
                 raise UsageError(f"--cache_latents {root} is a file; give a folder")
@@ -194,6 +194,7 @@ class Filling:
                 self.null_tokens,
                 self.world.device,
                 self.plan.dtype,
+                vae_dtype=self.plan.vae_dtype,
                 fused=self.world.device.type == "cuda" and not self.plan.config.precision.plain,
             ),
             self.data,

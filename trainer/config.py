@@ -34,6 +34,7 @@ class ModelConfig:
     """Where the pipeline to start from comes from."""
 
     pretrained_model_name_or_path: str | None = None  # pipeline folder, or its name on the hub
+    pretrained_vae_model_name_or_path: str | None = None  # folder or hub name of another VAE
     unet: str | None = None  # ours: folder of a UNet to start from instead of the pipeline's
     revision: str | None = None  # branch, tag or commit on the hub
     variant: str | None = None  # weight files to take, for instance fp16
@@ -61,6 +62,8 @@ class DataConfig:
     max_resize: int | None = None  # ours: short side drawn from --resolution to this (paper: 288)
     interpolation: Interpolation = "bicubic"  # ours: of the resize of the short side
     center_crop: bool = False  # crop the middle instead of a random place
+    crops_coords_top_left_h: int | None = None  # XL is told this row of each crop, not its own
+    crops_coords_top_left_w: int | None = None  # XL is told this column of each crop, not its own
     random_flip: bool = False  # mirror half of the pairs, decided for each pair
     cache_latents: str | None = None  # ours: folder or URL of encodings, trained from; off: none
     cache_crops: int | None = None  # ours: random crops of each pair that --cache_latents keeps
@@ -220,6 +223,9 @@ class PrecisionConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = (
         None  # default: bf16 on a GPU, no on CPU
     )
+    vae_precision: Literal["fp32", "fp16", "bf16"] | None = (
+        None  # default: mixed_precision's; fp32 with XL's own VAE
+    )
     param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
     all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
@@ -246,11 +252,11 @@ class PrecisionConfig:
 class ValidationConfig:
     """Pictures and the held-out loss during training. They cannot change what is trained."""
 
-    val_image_url: str | None = None  # URL or path of an image to edit
+    val_image_url: str | None = None  # URL or path of an image to edit; also val_image_url_or_path
     validation_prompt: str | None = None  # its instruction
     num_validation_images: int = 4  # edits of that image, each with its own fixed noise
-    validation_epochs: int = 1  # validate every so many epochs
-    validation_steps: int | None = None  # ours: every so many optimizer steps; overrides epochs
+    validation_epochs: int | None = None  # validate every so many epochs; 1 by default
+    validation_steps: int | None = None  # every so many optimizer steps instead; XL: 100
     validation_inference_steps: int = 20  # ours: denoising steps of a picture
     validation_guidance_scale: float = 7.0  # ours: text guidance of a picture
     validation_image_guidance_scale: float = 1.5  # ours: image guidance of a picture

@@ -5,7 +5,7 @@ steps; its last slots, beyond the rows, are padding: samples of weight 0, so tha
 """
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -30,6 +30,7 @@ class PixelSample(NamedTuple):
     original: Tensor  # [3, resolution, resolution] uint8
     edited: Tensor
     tokens: Tensor  # [length] int64
+    size_ids: Tensor  # [6] fp32, as of `Samples`
     position: int
     weight: float  # 1; 0 for padding and for what could not be read
     error: str | None = None
@@ -41,6 +42,7 @@ class PixelBatch(NamedTuple):
     original: Tensor  # [n, 3, resolution, resolution] uint8
     edited: Tensor
     tokens: Tensor  # [n, length] int64
+    size_ids: Tensor  # [n, 6] fp32
     positions: Tensor  # [n] int64
     weights: Tensor  # [n] fp32
     errors: tuple[str, ...]  # of its bad samples; a list once pinned
@@ -52,6 +54,7 @@ def collate(samples: list[PixelSample]) -> PixelBatch:
         original=torch.stack([sample.original for sample in samples]),
         edited=torch.stack([sample.edited for sample in samples]),
         tokens=torch.stack([sample.tokens for sample in samples]),
+        size_ids=torch.stack([sample.size_ids for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
         weights=torch.tensor([sample.weight for sample in samples]),
         errors=tuple(sample.error for sample in samples if sample.error is not None),
@@ -77,17 +80,23 @@ def split_rows(
     return order[:rows][:max_train_samples], order[rows:]
 
 
+class Pixels(NamedTuple):
+    """A pair as it is trained on."""
+
+    original: Tensor  # [3, resolution, resolution] uint8
+    edited: Tensor
+    size_ids: Tensor  # [6] fp32, as of `Samples`
+
+
 def transform(
     original: Image.Image, edited: Image.Image, section: DataConfig, draws: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
+) -> Pixels:
     """Resize of the short side, crop and mirror, the same for both images; nothing is squashed.
 
     An edited image of another size is first stretched over the original's frame.
 
     Args:
         draws: uniform in [0, 1): size, row of the crop, column of the crop, mirror.
-
-    Returns: two [3, resolution, resolution] uint8.
     """
     size_draw, row_draw, column_draw, mirror_draw = draws
     side = section.resolution
@@ -110,7 +119,25 @@ def transform(
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else tile
         return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
 
-    return cut(original), cut(edited)
+    # Where the crop lies in what is seen: a mirrored image counts from its own left.
+    seen_left = width - side - left if mirror else left
+    size_ids = size_ids_of(section, original.size, (top, seen_left))
+    return Pixels(cut(original), cut(edited), size_ids)
+
+
+def size_ids_of(section: DataConfig, size: tuple[int, int], corner: tuple[float, float]) -> Tensor:
+    """[6] fp32, as of `Samples`.
+
+    Args:
+        size: width and height of the image before the resize.
+        corner: top and left of the crop, in pixels after the resize; the flags override it.
+
+    Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+    """
+    flags = (section.crops_coords_top_left_h, section.crops_coords_top_left_w)
+    top, left = (own if flag is None else flag for own, flag in zip(corner, flags, strict=True))
+    side = section.resolution
+    return torch.tensor([size[1], size[0], top, left, side, side], dtype=torch.float32)
 
 
 class Order:
@@ -214,12 +241,15 @@ class EditPairs(Dataset[PixelSample]):
             original, edited, prompt = self._rows.read(row, pair_draw)
         except BadSample as error:
             return self._nothing(position, str(error))
-        pair = transform(original, edited, self._section, draws)
-        return PixelSample(*pair, self._tokenize(prompt), position, weight=1.0)
+        pixels, edited_pixels, size_ids = transform(original, edited, self._section, draws)
+        tokens = self._tokenize(prompt)
+        return PixelSample(pixels, edited_pixels, tokens, size_ids, position, weight=1.0)
 
     def _nothing(self, position: int, error: str | None = None) -> PixelSample:
-        zeros = torch.zeros(3, self._section.resolution, self._section.resolution).byte()
-        return PixelSample(zeros, zeros, self._tokenize(""), position, weight=0.0, error=error)
+        side = self._section.resolution
+        zeros = torch.zeros(3, side, side, dtype=torch.uint8)
+        ids = size_ids_of(self._section, (side, side), (0, 0))
+        return PixelSample(zeros, zeros, self._tokenize(""), ids, position, 0.0, error)
 
 
 def positions_of(
@@ -260,13 +290,15 @@ class StepSampler(Sampler[list[int]]):
                 yield list(self._positions(step, micro_step))
 
 
-def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Tensor]:
-    """Text to [model_max_length] int64, padded or cut. Picklable."""
-    return partial(_tokenize, tokenizer)
+def make_tokenize(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], Tensor]:
+    """Text to [length] int64, padded or cut to a row for each, one behind the other. Picklable."""
+    return partial(_tokenize, tokenizers)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    return tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+def _tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> Tensor:
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True}
+    rows = [tokenizer(text, return_tensors="pt", **options) for tokenizer in tokenizers]
+    return torch.cat([row.input_ids[0] for row in rows])
 
 
 def make_loader(

@@ -23,8 +23,9 @@ from .config import OptimConfig, PrecisionConfig, RunConfig
 from .counting import KINDS, Work, again_as_on_gpu, at, count
 from .data import PixelBatch
 from .encoders import Encoders
+from .families import SIZE_IDS, text_widths, told_beside
 from .gpus import Gpu
-from .plan import DTYPES
+from .plan import DTYPES, vae_dtype_of
 from .pretrained import Described
 from .unet import prepare_unet
 
@@ -96,16 +97,19 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> 
                 context_fn=again_as_on_gpu,
             )
         )
-    tokens, width = described.tokenizer.model_max_length, unet.config["cross_attention_dim"]
+    width, pooled_width = text_widths(described.unet)
 
     def run(images: int) -> None:
         latents = torch.empty(images, 8, side, side, dtype=dtype)
-        text = torch.empty(images, tokens, width, dtype=dtype)
+        text = torch.empty(images, described.tokens, width, dtype=dtype)
+        pooled = torch.empty(images, pooled_width, dtype=dtype)
+        beside = told_beside(pooled, torch.empty(images, SIZE_IDS))
+        timesteps = torch.zeros(images, dtype=torch.int64)
         target, weights = torch.empty(images, 4, side, side), torch.empty(images)
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            predicted = unet(
-                latents, torch.zeros(images, dtype=torch.int64), text, return_dict=False
-            )[0]
+            predicted = unet(latents, timesteps, text, added_cond_kwargs=beside, return_dict=False)[
+                0
+            ]
         weighted_mse(predicted, target, weights)[0].backward()
 
     return count(unet, run)
@@ -113,19 +117,27 @@ def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> 
 
 def _encoders(config: RunConfig, described: Described, dtype: torch.dtype) -> Encoders:
     vae, text_encoder = blank_encoders(config.model, described)
-    tokens = torch.zeros(1, described.tokenizer.model_max_length, dtype=torch.int64, device="meta")
-    fused = not config.precision.plain
-    return Encoders(vae, text_encoder, tokens, torch.device("meta"), dtype, fused=fused)
+    tokens = torch.zeros(1, described.row_length, dtype=torch.int64, device="meta")
+    return Encoders(
+        vae,
+        text_encoder,
+        tokens,
+        torch.device("meta"),
+        dtype,
+        vae_dtype=vae_dtype_of(config, described),
+        fused=not config.precision.plain,
+    )
 
 
 def _count_encoders(encoders: Encoders, config: RunConfig, described: Described) -> Work:
-    side, length = config.data.resolution, described.tokenizer.model_max_length
+    side, length = config.data.resolution, described.row_length
     encoders.device = torch.device("cpu")  # of the fake tensors
 
     def run(images: int) -> None:
         pixels = torch.empty(images, 3, side, side, dtype=torch.uint8)
         tokens = torch.zeros(images, length, dtype=torch.int64)
-        encoders.encode(PixelBatch(pixels, pixels, tokens, tokens[:, 0], torch.empty(images), ()))
+        size_ids, weights = torch.empty(images, SIZE_IDS), torch.empty(images)
+        encoders.encode(PixelBatch(pixels, pixels, tokens, size_ids, tokens[:, 0], weights, ()))
 
     return count(ModuleList((encoders.vae, encoders.text_encoder)), run)
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
-    StableDiffusionInstructPix2PixPipeline,
-)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -22,6 +19,7 @@ from transformers import CLIPImageProcessor
 
 from .config import ModelConfig, OutputConfig
 from .errors import UsageError
+from .families import Family
 
 INDEX_FILE = "model_index.json"  # diffusers reads it first
 RAW_UNET = "unet_raw"
@@ -30,7 +28,9 @@ PARTS = (
     RAW_UNET,
     "vae",
     "text_encoder",
+    "text_encoder_2",
     "tokenizer",
+    "tokenizer_2",
     "scheduler",
     "safety_checker",
     "feature_extractor",
@@ -71,6 +71,8 @@ def load_safety(section: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 def save_pipeline(
     folder: Path,
     *,
+    family: Family,
+    zero_null: bool,
     unet: nn.Module,
     components: Mapping[str, Any],
     raw_weights: Mapping[str, Tensor] | None,
@@ -83,7 +85,8 @@ def save_pipeline(
 
     Args:
         unet: what `unet/` will hold: the averages where there are any; 8 input channels.
-        components: vae, text_encoder, tokenizer, scheduler and, where the base pipeline has them,
+        zero_null: an instruction that is left out is zeros (XL alone).
+        components: VAE, text encoders, tokenizers, scheduler and, where the base pipeline has them,
             safety_checker and feature_extractor.
         raw_weights: of the UNet when `unet` holds averages, by name; kept in `unet_raw/`.
         dtype: of every weight on disk.
@@ -91,15 +94,12 @@ def save_pipeline(
     Raises: UsageError: the folder cannot be written.
     """
     staging = folder / STAGING
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, **components}
-    for name in ("text_encoder", "safety_checker"):
-        if parts[name] is not None:
-            parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
+    parts = dict(components)
+    for name in parts.keys() & {*family.text_encoders, "safety_checker"}:
+        parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
     parts["vae"] = _in_dtype(parts["vae"], parts["vae"].state_dict(), dtype)
     parts["unet"] = _in_dtype(unet, unet.state_dict(), dtype)
-    pipeline = StableDiffusionInstructPix2PixPipeline(
-        **parts, requires_safety_checker=parts["safety_checker"] is not None
-    )
+    pipeline = family.make_pipeline(zero_null=zero_null, **parts)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -135,6 +135,7 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 def model_card(
     folder: Path,
     *,
+    family: Family,
     command: str,
     settings: Mapping[str, Any],
     base: str,
@@ -158,7 +159,7 @@ def model_card(
         license_name="license-of-the-base-model",
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["stable-diffusion", "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
+        tags=[family.tag, "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
     )
     if picture is not None:
         shutil.copyfile(picture, folder / PICTURE_FILE)
@@ -169,6 +170,7 @@ def model_card(
         base=base,
         dataset=dataset,
         steps=steps,
+        pipeline=family.pipeline.__name__,
         picture=f"![Edits: input, edit, truth]({PICTURE_FILE})\n\n" if picture else "",
         command=without_secrets(command),
         versions=_table("package", versions),
@@ -189,11 +191,11 @@ Edits images from instructions: {base}, trained as InstructPix2Pix on {dataset} 
 
 ```python
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import {pipeline}
 from diffusers.utils import load_image
 
 model = "{name}"  # this folder, or its name on the hub
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model).to("cuda")
+pipeline = {pipeline}.from_pretrained(model).to("cuda")
 image = load_image("input.png")
 edited = pipeline(
     "turn it into a painting",

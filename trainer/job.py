@@ -15,6 +15,7 @@ from .data import EditPairs, PixelBatch, Source, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
 from .encoders import Encoders, Samples, SideStream
+from .families import Text
 from .loss import EditLoss
 from .masters import reduce_in_bf16
 from .optim import make_optimizer
@@ -47,14 +48,14 @@ class Job:
             param_dtype=config.precision.param_dtype,
             sums=not self.kernels_run or config.sums_gradients(world.size),
         )
-        self.tokenize = make_tokenize(plan.described.tokenizer)
+        self.tokenize = make_tokenize(plan.described.tokenizers)
         self.cached = cached
         self.loss_fn = EditLoss(
             Diffusion.from_scheduler(
                 plan.described.scheduler, plan.described.vae["scaling_factor"], device
             ),
             config.conditioning.rates,
-            self.encoders.null_text if cached is None else cached.null_text().to(device),
+            plan.described.null_text(self._empty_text()),
             config.loop.seed,
             plan.dtype,
         )
@@ -91,6 +92,12 @@ class Job:
             return
         compile_unet(self.unet, parts)
         check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
+
+    def _empty_text(self) -> Text:
+        """The encoding of ""."""
+        if self.cached is None:
+            return self.encoders.null_text
+        return Text(*(part.to(self.world.device) for part in self.cached.null_text()))
 
     def _blank(self) -> Samples:
         """A micro-batch of weight 0, in the shapes of all others."""
@@ -158,6 +165,7 @@ class Job:
             self.tokenize("")[None],
             self.world.device,
             self.plan.dtype,
+            vae_dtype=self.plan.vae_dtype,
             fused=self.kernels_run,
         )
 

@@ -12,6 +12,7 @@ from .conditioning import drop_masks
 from .diffusion import Diffusion
 from .draws import Purpose, draw_integers, draw_uniform
 from .encoders import Samples
+from .families import Text, told_beside
 
 
 class Purposes(NamedTuple):
@@ -32,6 +33,8 @@ class EditInput(NamedTuple):
     latents: Tensor  # [n, 8, h, w] in the compute dtype: noisy target, then condition
     timesteps: Tensor  # [n] int64
     text: Tensor  # [n, tokens, width]
+    pooled: Tensor  # [n, pooled]; 0 wide where the UNet takes none
+    size_ids: Tensor  # [n, 6] fp32
     target: Tensor  # [n, 4, h, w] fp32
 
 
@@ -40,7 +43,7 @@ class EditLoss:
 
     Args:
         rates: of dropping text alone, both, image alone.
-        null_text: [1, tokens, width], what stands for a dropped instruction.
+        null_text: of one instruction, what stands for a dropped one.
         autocast_dtype: of the UNet's matrix products and convolutions; fp32 turns autocast off.
     """
 
@@ -48,7 +51,7 @@ class EditLoss:
         self,
         diffusion: Diffusion,
         rates: tuple[float, float, float],
-        null_text: Tensor,
+        null_text: Text,
         seed: int,
         autocast_dtype: torch.dtype,
     ) -> None:
@@ -89,13 +92,20 @@ class EditLoss:
             prediction_type=diffusion.prediction_type,
             dtype=self.autocast_dtype,
         )
-        text = torch.where(drop_text[:, None, None], self.null_text, samples.text)
-        return EditInput(latents, timesteps, text, target)
+        text = torch.where(drop_text[:, None, None], self.null_text.states, samples.text)
+        pooled = torch.where(drop_text[:, None], self.null_text.pooled, samples.pooled)
+        return EditInput(latents, timesteps, text, pooled, samples.size_ids, target)
 
     def error(self, unet: nn.Module, given: EditInput, weights: Tensor) -> Tensor:
         """[] fp32, the sum over the samples of weight times the UNet's mean squared error."""
         mixed = self.autocast_dtype is not torch.float32
         device_type = given.latents.device.type
         with torch.autocast(device_type, self.autocast_dtype) if mixed else nullcontext():
-            predicted = unet(given.latents, given.timesteps, given.text, return_dict=False)[0]
+            predicted = unet(
+                given.latents,
+                given.timesteps,
+                given.text,
+                added_cond_kwargs=told_beside(given.pooled, given.size_ids),
+                return_dict=False,
+            )[0]
         return weighted_mse(predicted, given.target, weights)[0]

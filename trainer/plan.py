@@ -24,7 +24,12 @@ from .trackers import check_trackers, is_installed
 from .world import World
 
 RUN_FILE = "run.toml"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +62,12 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the encoders, and of the UNet's products under autocast."""
+        """Of the text encoders, and of the UNet's products under autocast."""
         return DTYPES[self.config.precision.mixed_precision or "no"]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return vae_dtype_of(self.config, self.described)
 
     def lines(self, world: World) -> list[str]:
         """The plan in words."""
@@ -66,6 +75,7 @@ class Plan:
         source = data.dataset_name or data.train_data_dir
         return [
             f"model      {self.config.model.pretrained_model_name_or_path}, "
+            f"{self.described.family.name}, "
             f"{self.described.unet['in_channels']} input channels",
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
@@ -96,6 +106,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
 
     described = describe(config.model)
     check_resolution(config.data.resolution, described)
+    check_vae(config, described)
     rows = open_rows(config.data, config.model.cache_dir)
     train_rows, held_out_rows = split_rows(
         len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
@@ -187,6 +198,27 @@ def check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
     if section.cuda_graphs == "on" and config.optim.use_8bit_adam:
         raise UsageError(
             "--cuda_graphs on is not --use_8bit_adam, whose step waits for the host: take auto"
+        )
+
+
+def vae_dtype_of(config: RunConfig, described: Described) -> torch.dtype:
+    """As --vae_precision says; else of XL's own VAE fp32, of any other that of the samples."""
+    section = config.precision
+    own = config.model.pretrained_vae_model_name_or_path is None
+    if section.vae_precision is not None:
+        return DTYPES[section.vae_precision]
+    if own and described.family.vae_in_fp32:
+        return torch.float32
+    return DTYPES[section.mixed_precision or "no"]
+
+
+def check_vae(config: RunConfig, described: Described) -> None:
+    """Raises UsageError for a VAE that overflows in fp16, by its own configuration."""
+    in_fp16 = vae_dtype_of(config, described) is torch.float16
+    if in_fp16 and described.family.vae_in_fp32 and described.vae.get("force_upcast", True):
+        raise UsageError(
+            "--vae_precision fp16: this VAE overflows in fp16, as force_upcast in its config.json "
+            "says; take fp32 or bf16, or a --pretrained_vae_model_name_or_path made for fp16"
         )
 
 

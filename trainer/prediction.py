@@ -58,7 +58,6 @@ class Prediction:
         self.shape = shape_of(
             config.data,
             described,
-            text_encoder.config.hidden_size,
             DTYPES[config.precision.mixed_precision or "no"],
         )
 

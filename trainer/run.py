@@ -185,6 +185,7 @@ class Run:
     def _export(self, picture: Path | None) -> None:
         plan, config, job = self.plan, self.plan.config, self.job
         vae, text_encoder = load_encoders(config.model)  # ours may be rounded to half precision
+        described = plan.described
         with (
             job.ema.in_place() if job.ema is not None else nullcontext(),
             job.masters.in_place() if job.masters is not None else nullcontext(),
@@ -192,11 +193,10 @@ class Run:
             save_pipeline(
                 plan.output,
                 unet=job.unet,
+                family=described.family,
+                zero_null=described.zero_null,
                 components={
-                    "vae": vae,
-                    "text_encoder": text_encoder,
-                    "tokenizer": plan.described.tokenizer,
-                    "scheduler": plan.described.make_scheduler(),
+                    **described.components(vae, text_encoder),
                     **load_safety(config.model, torch.float32),
                 },
                 raw_weights=job.ema.averages if job.ema is not None else None,  # exchanged
@@ -204,6 +204,7 @@ class Run:
             )
         model_card(
             plan.output,
+            family=plan.described.family,
             command=self.command,
             settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
             base=str(config.model.pretrained_model_name_or_path),
@@ -221,13 +222,9 @@ class Run:
         plan, section, job = self.plan, self.plan.config.validation, self.job
         if not len(plan.held_out_rows) and plan.validation_image is None:
             return None
-        pipeline = build_pipeline(
-            job.unet,
-            job.encoders.vae,
-            job.encoders.text_encoder,
-            plan.described.tokenizer,
-            plan.described.make_scheduler(),
-        )
+        described, encoders = plan.described, job.encoders
+        parts = described.components(encoders.vae, encoders.text_encoder)
+        pipeline = build_pipeline(described.family, described.zero_null, unet=job.unet, **parts)
         return Validator(
             section,
             pipeline,
@@ -236,12 +233,21 @@ class Run:
             job.pairs,
             plan.held_out_rows.tolist(),
             plan.validation_image,
-            section.validation_steps or section.validation_epochs * plan.steps_per_epoch,
+            self._validates_every(),
             self.pictures,
             self.world,
             batch_size=min(8, plan.config.loop.train_batch_size),
             on_bad_sample=plan.config.data.on_bad_sample,
         )
+
+    def _validates_every(self) -> int:
+        """Optimizer steps between two validations."""
+        section = self.plan.config.validation
+        if section.validation_steps is None and section.validation_epochs is None:
+            steps = self.plan.described.family.validation_steps
+        else:
+            steps = section.validation_steps
+        return steps or (section.validation_epochs or 1) * self.plan.steps_per_epoch
 
     def _open_log(self) -> RunLog:
         if not self.world.is_main:

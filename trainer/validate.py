@@ -7,10 +7,9 @@ changes nothing in training and shows the same noise every time.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class Validator:
     def __init__(
         self,
         section: ValidationConfig,
-        pipeline: StableDiffusionInstructPix2PixPipeline,
+        pipeline: Any,
         encoders: Encoders,
         loss_fn: EditLoss,
         pairs: EditPairs,
@@ -179,7 +178,7 @@ def pixels_to_image(pixels: Tensor) -> Image.Image:
 
 
 def sample_pictures(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Any,
     pictures: Sequence[Picture],
     world: World,
     *,

@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from fusedit.benchmarks import cache, harness
 from fusedit.benchmarks.cache import Building, Case, Found
 from fusedit.trainer import cache_build
+from fusedit.trainer.families import STABLE_DIFFUSION, TextEncoder
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,8 @@ def tiny_encoders():
     text = CLIPTextConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
-    return AutoencoderKL(norm_num_groups=4, **blocks), CLIPTextModel(text)
+    vae = AutoencoderKL(norm_num_groups=4, **blocks)
+    return vae, TextEncoder(STABLE_DIFFUSION, {"text_encoder": CLIPTextModel(text)})
 
 
 def test_what_a_gpu_builds_has_mirrors_and_comes_from_jpegs(tmp_path, monkeypatch):

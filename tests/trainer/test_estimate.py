@@ -30,6 +30,7 @@ from fusedit.trainer.estimate import (
     rates,
     step_ms,
 )
+from fusedit.trainer.families import STABLE_DIFFUSION
 from fusedit.trainer.gpus import GPUS, gpu_named, gpu_of_device
 from fusedit.trainer.pretrained import Described, describe, load_encoders, load_unet
 from fusedit.trainer.trial import TrialRun, largest_tried
@@ -72,7 +73,7 @@ def sd15(tmp_path_factory):
     class Tokenizer:
         model_max_length = 77
 
-    return folder, Described(SD15, SD15_VAE, {}, Tokenizer())
+    return folder, Described(SD15, SD15_VAE, {}, [Tokenizer()], STABLE_DIFFUSION, False)
 
 
 @pytest.fixture(scope="module")

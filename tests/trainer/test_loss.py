@@ -8,10 +8,12 @@ from fusedit.trainer.data import PixelSample, collate, make_tokenize
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.draws import Purpose, draw_integers, draw_normal
 from fusedit.trainer.encoders import Encoders, Samples
+from fusedit.trainer.families import STABLE_DIFFUSION, Text, TextEncoder
 from fusedit.trainer.loss import HELD_OUT, TRAINING, EditLoss
 
 N, CHANNELS, SIDE, TOKENS, WIDTH = 64, 4, 3, 5, 7
 SCALE = 0.18215
+NULL = Text(torch.full((1, TOKENS, WIDTH), 9.0), torch.zeros(1, 0))
 
 
 def _samples():
@@ -21,6 +23,8 @@ def _samples():
         target_std=torch.rand(shape),
         condition=torch.randn(shape),
         text=torch.randn(N, TOKENS, WIDTH),
+        pooled=torch.zeros(N, 0),
+        size_ids=torch.zeros(N, 6),
         positions=torch.arange(N) + 1000,
         weights=torch.arange(N) / N,
     )
@@ -29,13 +33,14 @@ def _samples():
 def _loss(kind="epsilon", rates=(0.0, 0.0, 0.0)):
     config = {"beta_schedule": "scaled_linear", "prediction_type": kind}
     diffusion = Diffusion.from_scheduler(config, SCALE, torch.device("cpu"))
-    return EditLoss(diffusion, rates, torch.full((1, TOKENS, WIDTH), 9.0), 3, torch.float32)
+    return EditLoss(diffusion, rates, NULL, 3, torch.float32)
 
 
 class _Recorder(torch.nn.Module):
     """Stands for a UNet; keeps what it is called with and predicts zeros."""
 
-    def forward(self, latents, timesteps, text, return_dict):
+    def forward(self, latents, timesteps, text, added_cond_kwargs, return_dict):
+        assert added_cond_kwargs is None
         self.latents, self.timesteps, self.text = latents, timesteps, text
         return (torch.zeros_like(latents[:, :4]),)
 
@@ -101,16 +106,19 @@ def test_the_encoders_give_posterior_and_mode(tmp_path):
     base = save_tiny_pipeline(tmp_path / "base")
     vae = AutoencoderKL.from_pretrained(base / "vae")
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+    as_one = TextEncoder(STABLE_DIFFUSION, {"text_encoder": text_encoder})
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    tokenize = make_tokenize(tokenizer)
+    tokenize = make_tokenize([tokenizer])
     original, edited = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
     batch = collate(
         [
-            PixelSample(original[i], edited[i], tokenize("make it red"), 40 + i, float(i))
+            PixelSample(
+                original[i], edited[i], tokenize("make it red"), torch.zeros(6), 40 + i, float(i)
+            )
             for i in range(2)
         ]
     )
-    encoders = Encoders(vae, text_encoder, tokenize("")[None], torch.device("cpu"), torch.float32)
+    encoders = Encoders(vae, as_one, tokenize("")[None], torch.device("cpu"), torch.float32)
     samples = encoders.encode(batch)
     with torch.no_grad():
         target = vae.encode(2 * (edited / 255) - 1).latent_dist
@@ -125,6 +133,6 @@ def test_the_encoders_give_posterior_and_mode(tmp_path):
     torch.testing.assert_close(samples.target_std, target.std)
     torch.testing.assert_close(samples.condition, condition.mode())
     torch.testing.assert_close(samples.text, text.expand(2, -1, -1))
-    torch.testing.assert_close(encoders.null_text, null)
+    torch.testing.assert_close(encoders.null_text.states, null)
     assert samples.positions.tolist() == [40, 41]
     assert samples.weights.tolist() == [0.0, 1.0]

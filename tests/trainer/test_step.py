@@ -25,6 +25,8 @@ def _samples(target, weights=None):
         target_std=torch.zeros_like(target),
         condition=torch.zeros_like(target),
         text=torch.zeros(n, 1, 1),
+        pooled=torch.zeros(n, 0),
+        size_ids=torch.zeros(n, 6),
         positions=torch.arange(n),
         weights=torch.ones(n) if weights is None else torch.tensor(weights),
     )
