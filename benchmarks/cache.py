@@ -90,7 +90,7 @@ def measure_read(record: Record, folder: Path | None, batch: int) -> None:
 def shape_of(resolution: int, dtype: torch.dtype) -> Shape:
     side = resolution // 8
     text = TEXT_TOKENS, WIDTH
-    return Shape(mirrors=2, crops=1, latent=(4, side, side), text=text, pooled=0, dtype=dtype)
+    return Shape(mirrors=2, crops=1, latents=((4, side, side),), text=text, pooled=0, dtype=dtype)
 
 
 def written(folder: Path, shape: Shape) -> CacheFolder:
@@ -101,7 +101,7 @@ def written(folder: Path, shape: Shape) -> CacheFolder:
     digest = torch.from_numpy(np.stack([text_digest(one) for one in tokens.contiguous()]))
     for start in range(0, PAIRS, PAIRS_A_SHARD):
         row = torch.arange(start, start + PAIRS_A_SHARD)
-        latents = torch.randn(PAIRS_A_SHARD, *shape.latents_shape, dtype=shape.dtype)
+        latents = torch.randn(PAIRS_A_SHARD, *shape.latents_shape(0), dtype=shape.dtype)
         latents[..., 0, 0, 0] = (row % 128).to(shape.dtype)[:, None, None, None]
         number = row // PAIRS_A_TEXT
         cache.write(
@@ -222,7 +222,9 @@ class Building:
         config: Any = vae.config
         side = case.resolution // 2 ** (len(config.block_out_channels) - 1)
         mirrors = 2 if self.section.random_flip else 1
-        shape = Shape(mirrors, crops=1, latent=(4, side, side), text=text, pooled=0, dtype=dtype)
+        shape = Shape(
+            mirrors, crops=1, latents=((4, side, side),), text=text, pooled=0, dtype=dtype
+        )
         self.cache = CacheFolder(place / "cache", {"benchmark": case.preset}, shape)
 
     def run(self) -> Found:

@@ -21,11 +21,11 @@ MAY_IMPORT = {  # folder -> folders it imports from, beside itself
 INSTALLED = (*MAY_IMPORT, "fusedit")
 # Each module of trainer imports only those before it.
 TRAINER = [
-    "errors", "files", "config", "settings", "world", "draws", "images", "rows", "data", "windows",
-    "families", "encoders", "diffusion", "conditioning", "loss", "masters", "unet", "compiled",
-    "pretrained", "ema", "optim", "step", "captured", "checkpoint", "cache_key", "cache_files",
-    "cache_remote", "cache_build", "cache", "trackers", "log", "meter", "sample", "export",
-    "validate", "evaluate", "plan", "caching", "gpus", "blank", "counting", "estimate",
+    "errors", "files", "config", "settings", "world", "draws", "images", "rows", "buckets", "data",
+    "windows", "families", "encoders", "diffusion", "conditioning", "loss", "masters", "unet",
+    "compiled", "pretrained", "ema", "optim", "step", "captured", "checkpoint", "cache_key",
+    "cache_files", "cache_remote", "cache_build", "cache", "trackers", "log", "meter", "sample",
+    "export", "validate", "evaluate", "plan", "caching", "gpus", "blank", "counting", "estimate",
     "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

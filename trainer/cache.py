@@ -118,9 +118,10 @@ class CachedPairs(Dataset[CachedBatch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[int]) -> CachedBatch:
-        """A micro-batch at once."""
+        """A micro-batch, of one step, at once."""
         shelf, shape, count = self._shelf, self._cache.shape, len(positions)
-        latents = torch.empty(3, count, *shape.latent, dtype=shape.dtype)
+        latent = shape.latents[self._order.bucket(positions[0])]
+        latents = torch.empty(3, count, *latent, dtype=shape.dtype)
         text, size_ids = self._no_texts(count), torch.zeros(count, SIZE_IDS)
         weights, errors = torch.ones(count), []
         latent_bytes = _rows(latents, count)
@@ -144,12 +145,12 @@ class CachedPairs(Dataset[CachedBatch]):
     def collate(self, found: CachedBatch) -> CachedBatch:
         return found
 
-    def blank(self, count: int) -> CachedBatch:
-        """Samples of weight 0, in the shapes of all others."""
+    def blank(self, count: int, bucket: int = 0) -> CachedBatch:
+        """Samples of weight 0, in the shapes of all others of a bucket."""
         shape = self._cache.shape
         null = self.null_text()
         return CachedBatch(
-            latents=torch.zeros(3, count, *shape.latent, dtype=shape.dtype),
+            latents=torch.zeros(3, count, *shape.latents[bucket], dtype=shape.dtype),
             text=null.states.expand(count, -1, -1),
             pooled=null.pooled.expand(count, -1),
             size_ids=torch.zeros(count, SIZE_IDS),

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .buckets import Size
 from .config import DataConfig
 from .families import TextEncoder
 
@@ -32,6 +33,7 @@ def key_parts(
     dataset: str,
     rows: int,
     section: DataConfig,
+    sizes: Sequence[Size],
     vae: nn.Module,
     text_encoder: TextEncoder,
     tokenizers: Sequence[PreTrainedTokenizerBase],
@@ -43,6 +45,7 @@ def key_parts(
     Args:
         dataset: fingerprint of its rows.
         rows: how many it has.
+        sizes: of its buckets.
         vae, text_encoder: in fp32, on the CPU.
         dtype: of the text encoders and of what is kept.
         vae_dtype: what the VAE will encode in.
@@ -57,6 +60,7 @@ def key_parts(
             section.edit_prompt_column,
         ],
         "resolution": section.resolution,
+        "sizes": [list(size) for size in sizes],
         "max_resize": section.max_resize or section.resolution,
         "interpolation": section.interpolation,
         "center_crop": section.center_crop,

@@ -84,7 +84,7 @@ def open_cache(
     filling.free_encoders()
     with world.together():
         seed, mirrors = plan.config.loop.seed, plan.config.data.random_flip
-        order = Order(plan.train_rows, seed, plan.global_batch)
+        order = Order(plan.train_rows, seed, plan.global_batch, plan.buckets.of_row)
         pairs = CachedPairs(filling.cache, order, seed, mirrors, filling.null_tokens)
     return pairs
 
@@ -116,13 +116,14 @@ class Filling:
                 dataset,
                 len(plan.rows),
                 self.data,
+                plan.buckets.sizes,
                 self.vae,
                 self.text_encoder,
                 plan.described.tokenizers,
                 plan.dtype,
                 plan.vae_dtype,
             )
-            shape = shape_of(self.data, plan.described, plan.dtype)
+            shape = shape_of(self.data, plan.buckets.sizes, plan.described, plan.dtype)
             root = plan.output / "cache" if is_url(where) else Path(where).expanduser()
             if root.exists() and not root.is_dir():
                 raise UsageError(f"--cache_latents {root} is a file; give a folder")
@@ -203,7 +204,8 @@ class Filling:
             done=Told(len(self.missing), self.world).add,
             written=self._written,
         )
-        if not build.pairs(self.plan.rows, self.missing, self.tokenize, stop_requested):
+        given = self.plan.rows, self.missing, self.tokenize, stop_requested, self.plan.buckets
+        if not build.pairs(*given):
             if self.world.is_main:
                 _say("stopped: the same command goes on with the cache from here")
             return False

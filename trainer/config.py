@@ -64,6 +64,7 @@ class DataConfig:
     center_crop: bool = False  # crop the middle instead of a random place
     crops_coords_top_left_h: int | None = None  # XL is told this row of each crop, not its own
     crops_coords_top_left_w: int | None = None  # XL is told this column of each crop, not its own
+    buckets: bool = False  # ours: pairs keep their shape, in sizes of about resolution x resolution
     random_flip: bool = False  # mirror half of the pairs, decided for each pair
     cache_latents: str | None = None  # ours: folder or URL of encodings, trained from; off: none
     cache_crops: int | None = None  # ours: random crops of each pair that --cache_latents keeps

@@ -81,6 +81,7 @@ class Job:
             config.loop.seed,
             plan.global_batch,
             self.tokenize,
+            plan.buckets,
         )
         self._compile(config.precision.compile)
 
@@ -90,8 +91,11 @@ class Job:
             parts = "blocks" if self.kernels_run else "off"
         if parts == "off":
             return
-        compile_unet(self.unet, parts)
-        check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
+        buckets = self.plan.used_buckets
+        compile_unet(self.unet, parts, len(buckets))
+        for bucket in buckets:
+            blank = self._blank(bucket)
+            check_gradients(self.unet, self.loss_fn, blank, self.plan.dtype, parts)
 
     def _empty_text(self) -> Text:
         """The encoding of ""."""
@@ -99,11 +103,12 @@ class Job:
             return self.encoders.null_text
         return Text(*(part.to(self.world.device) for part in self.cached.null_text()))
 
-    def _blank(self) -> Samples:
-        """A micro-batch of weight 0, in the shapes of all others."""
+    def _blank(self, bucket: int) -> Samples:
+        """A micro-batch of weight 0, in the shapes of all others of a bucket."""
         count = self.plan.config.loop.train_batch_size
-        batch = self.cached.blank(count) if self.cached else collate([self.pairs.blank()] * count)
-        return self.samples([batch])[0]
+        if self.cached is not None:
+            return self.samples([self.cached.blank(count, bucket)])[0]
+        return self.samples([collate([self.pairs.blank(bucket)] * count)])[0]
 
     def update(self) -> Update:
         """What the loop calls for each window: one by one, or as a CUDA graph."""
@@ -140,8 +145,9 @@ class Job:
             model.register_comm_hook(None, self.masters.reduce_in_buckets(self.world.size, sent))
         elif section.all_reduce_dtype == "bf16":
             model.register_comm_hook(None, reduce_in_bf16(self.world.size))
+        blank = self._blank(self.plan.used_buckets[0])
         for _ in range(2):  # a static graph is learned in the first, its buckets in the second
-            discarded_step(model, self._blank(), self.loss_fn, self.optimizer)
+            discarded_step(model, blank, self.loss_fn, self.optimizer)
         return model
 
     def samples(self, window: Sequence[PixelBatch | CachedBatch]) -> list[Samples]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from ..kernels.attention_choice import LEAST_CAPABILITY
 from . import checkpoint
+from .buckets import Buckets, Size, find_buckets, square
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
-from .data import split_rows
+from .data import Order, split_rows
 from .errors import UsageError
 from .files import write_text
 from .optim import check_8bit
@@ -39,6 +42,7 @@ class Plan:
     config: RunConfig  # with every default that depends on the machine filled in
     described: Described
     rows: Rows
+    buckets: Buckets
     train_rows: Tensor  # [n] int64
     held_out_rows: Tensor  # [m] int64
     global_batch: int  # samples in one optimizer step
@@ -54,7 +58,13 @@ class Plan:
             "checkpoints in --output_dir": step_of(self.resume),
             "numbers of rows": len(self.rows),
             "lengths in steps": self.total_steps,
+            "shapes of images": zlib.crc32(self.buckets.of_row.numpy().tobytes()),
         }
+
+    @property
+    def used_buckets(self) -> list[int]:
+        """Those that rows to train on are in."""
+        return self.buckets.of_row[self.train_rows].unique().tolist()
 
     @property
     def output(self) -> Path:
@@ -73,6 +83,7 @@ class Plan:
         """The plan in words."""
         loop, data = self.config.loop, self.config.data
         source = data.dataset_name or data.train_data_dir
+        used = [self.buckets.sizes[bucket] for bucket in self.used_buckets]
         return [
             f"model      {self.config.model.pretrained_model_name_or_path}, "
             f"{self.described.family.name}, "
@@ -82,6 +93,7 @@ class Plan:
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
             f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks",
             f"length     {self.total_steps} steps, {self.steps_per_epoch} an epoch",
+            *([] if len(used) == 1 else [f"buckets    {told_sizes(used)}"]),
             f"precision  {self.config.precision.mixed_precision} on {world.device.type}",
             f"output     {self.output}"
             + (f", going on from {self.resume.name}" if self.resume else ""),
@@ -111,7 +123,13 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     train_rows, held_out_rows = split_rows(
         len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
     )
-    steps_per_epoch = -(-len(train_rows) // global_batch)
+    buckets = (
+        find_buckets(config.data.resolution, described.least_size, rows)
+        if config.data.buckets
+        else square(config.data.resolution, len(rows))
+    )
+    order = Order(train_rows, config.loop.seed, global_batch, buckets.of_row)
+    steps_per_epoch = order.steps_per_epoch
     total_steps = config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch
     if step_of(resume) > total_steps:
         raise UsageError(
@@ -122,6 +140,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         config=config,
         described=described,
         rows=rows,
+        buckets=buckets,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         global_batch=global_batch,
@@ -131,6 +150,11 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         validation_image=_validation_image(config),
         notes=(*notes, *passed_over),
     )
+
+
+def told_sizes(sizes: Sequence[Size]) -> str:
+    """ "3: 128x64, 64x64, 64x128"."""
+    return f"{len(sizes)}: {', '.join(f'{size.width}x{size.height}' for size in sizes)}"
 
 
 def set_numerics(section: PrecisionConfig) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .blank import blank_encoders, blank_safety_checker, bytes_of
+from .buckets import Size
 from .cache_files import shape_of
 from .config import RunConfig
 from .estimate import (
@@ -55,8 +56,10 @@ class Prediction:
         others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
         self.pipeline = pipeline_bytes(self.counted, config.optim, others)
         self.checkpoint = checkpoint_bytes(self.counted, config.optim)
+        side = config.data.resolution  # buckets are no larger
         self.shape = shape_of(
             config.data,
+            [Size(side, side)],
             described,
             DTYPES[config.precision.mixed_precision or "no"],
         )

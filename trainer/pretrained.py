@@ -44,6 +44,11 @@ class Described(NamedTuple):
         return self.tokenizers[0].model_max_length
 
     @property
+    def least_size(self) -> int:
+        """Pixels to what the UNet halves down to one, along a side."""
+        return self.vae_factor * 2 ** (len(self.unet["block_out_channels"]) - 1)
+
+    @property
     def row_length(self) -> int:
         """Tokens of an instruction by all tokenizers, one behind the other."""
         return sum(tokenizer.model_max_length for tokenizer in self.tokenizers)

@@ -84,7 +84,7 @@ def test_what_a_gpu_builds_has_mirrors_and_comes_from_jpegs(tmp_path, monkeypatc
     found = building.run()
     assert found.wrong == ""
     assert len(found.shard_ms) == 1
-    assert building.cache.shape.latents_shape == (2, 1, 3, 4, 16, 16)
+    assert building.cache.shape.latents_shape(0) == (2, 1, 3, 4, 16, 16)
     assert building.cache.shape.text == (77, 8)
     texts = [building.cache.open(name, "digest")[0] for name in building.cache.shards("texts")]
     assert sum(map(len, texts)) == 8 // 2 + 1  # two pairs to a text, and the empty one

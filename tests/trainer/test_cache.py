@@ -244,6 +244,7 @@ def test_a_crop_that_is_taken_is_one_that_is_kept_and_pairs_stay_pairs(here):
         config.data,
         cached._cache.shape,
         make_tokenize(plan.described.tokenizers),
+        plan.buckets,
     )
     visits = pickle.loads(pickle.dumps(visits))  # as workers get them
     every = visits.collate(visits.__getitems__([0, 1]))

@@ -30,7 +30,7 @@ def _results(base, device, captured, **settings):
         update = Captured(job.update, record=recorder, eager_steps=EAGER_STEPS)
     results = [job.step(number, update) for number in range(1, STEPS + 1)]
     if captured:
-        assert update.graph is not None
+        assert update.first is not None
         update.close()
     return {
         f"{i} {n}": v for i, r in enumerate(results) for n, v in r._asdict().items()
@@ -66,7 +66,7 @@ def test_the_first_updates_are_real_and_not_captured(base):
     calls = []
     job = Job(base, "cpu")
 
-    def counted(call):
+    def counted(call, beside):
         calls.append(job.scale)
         return record(call)
 

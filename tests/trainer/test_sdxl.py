@@ -18,6 +18,7 @@ from tiny import POOLED_WIDTH, TEXT_WIDTH, save_tiny_inputs, save_tiny_pipeline
 
 from fusedit.launch.edit import main as edit
 from fusedit.launch.flags import parse
+from fusedit.trainer.buckets import Size
 from fusedit.trainer.config import DataConfig, ModelConfig
 from fusedit.trainer.data import make_tokenize, transform
 from fusedit.trainer.diffusion import Diffusion
@@ -143,13 +144,14 @@ def picture(width, height) -> Image.Image:
 )
 def test_the_sizes_of_a_sample_are_its_own(draws, expected):
     section = DataConfig(resolution=20, random_flip=True)
-    found = transform(picture(90, 60), picture(90, 60), section, draws)
+    found = transform(picture(90, 60), picture(90, 60), section, draws, Size(20, 20))
     assert tuple(found.size_ids.tolist()) == expected
 
 
 def test_flags_override_the_corner_of_the_crop():
     section = DataConfig(resolution=20, crops_coords_top_left_h=0, crops_coords_top_left_w=7)
-    found = transform(picture(60, 90), picture(60, 90), section, (0.0, 0.5, 0.5, 0.9))
+    draws = (0.0, 0.5, 0.5, 0.9)
+    found = transform(picture(60, 90), picture(60, 90), section, draws, Size(20, 20))
     assert found.size_ids.tolist() == [90, 60, 0, 7, 20, 20]
 
 

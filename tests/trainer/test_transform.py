@@ -5,10 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
+from fusedit.trainer import data
+from fusedit.trainer.buckets import Size
 from fusedit.trainer.config import DataConfig
-from fusedit.trainer.data import CENTRE, transform
+from fusedit.trainer.data import CENTRE
 
 SIZES = [(61, 40), (40, 61), (33, 33), (20, 27)]  # width, height; the last must grow
+
+
+def transform(original, edited, section, draws):
+    """To the square."""
+    size = Size(section.resolution, section.resolution)
+    return data.transform(original, edited, section, draws, size)
 
 
 def settings(**given):
