@@ -227,7 +227,7 @@ def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
                 assert moment.is_contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             trained(images * (step + 1)).square().mean().backward()
-            rates = Rates.on(torch.device("cpu"), 0.1, 0.0)
+            rates = Rates.on(torch.device("cpu"), 0.1)
             optimizer.update(*rates, torch.ones(()), torch.tensor(True))
         ends.append(trained.weight.detach())
     assert torch.equal(*ends)
