@@ -16,6 +16,7 @@ LrScheduler = Literal[
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Format = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
 LONGEST_EMA = 12**-0.5  # relative standard deviation of the plain mean over all steps
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -263,6 +264,12 @@ class OptimConfig:
                     f"--{flag} {value} is for --lr_scheduler {serves}, not {self.lr_scheduler}: "
                     "leave out one"
                 )
+        low = self.learning_rate <= POLYNOMIAL_END and not self.scale_lr
+        if self.lr_scheduler == "polynomial" and low:
+            raise UsageError(
+                f"--learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, at which "
+                "--lr_scheduler polynomial ends"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ TRAINING = Purposes(
     Purpose.NOISE_OFFSET,
     Purpose.INPUT_PERTURBATION,
 )
-# Of noise as it is and timesteps alike: held-out losses of runs with other options can be compared.
+# Noise as it is, and unweighted: the held-out losses of runs with other options can be compared.
 HELD_OUT = Purposes(Purpose.HELD_OUT_POSTERIOR, Purpose.HELD_OUT_NOISE, Purpose.HELD_OUT_TIMESTEP)
 
 

@@ -133,6 +133,10 @@ def test_what_is_missing_is_named():
             "--lr_power 2.0 is for --lr_scheduler polynomial, not cosine: leave out one",
         ),
         (
+            {"optim": OptimConfig(learning_rate=1e-7, lr_scheduler="polynomial")},
+            "--learning_rate 1e-07 must be above 1e-07, at which --lr_scheduler polynomial ends",
+        ),
+        (
             {"output": OutputConfig(ema_snapshot_steps=5)},
             "--ema_snapshot_steps 5 is of --post_hoc_ema, which was not given",
         ),
