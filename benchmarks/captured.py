@@ -202,7 +202,7 @@ def _edit_input(size: int, dtype: torch.dtype) -> None:
     positions, timesteps = (torch.zeros(BATCH, dtype=torch.int64) for _ in range(2))
     dropped = torch.zeros(BATCH, dtype=torch.bool)
     signal, noise = torch.empty(1000), torch.empty(1000)
-    more = {"noise_offset": 0.1, "input_perturbation": 0.1}
+    more: dict[str, Any] = {"noise_offset": 0.1, "input_perturbation": 0.1}
     for prediction, amounts in product(("epsilon", "v_prediction"), ({}, more)):
         edit_input.edit_input(
             mean, std, condition, positions, timesteps, dropped, signal, noise,
