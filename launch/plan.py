@@ -22,6 +22,7 @@ from ..trainer.cache_build import wanted_units
 from ..trainer.caching import in_bytes
 from ..trainer.config import RunConfig
 from ..trainer.data import split_rows
+from ..trainer.diffusion import trained_scheduler
 from ..trainer.errors import UsageError
 from ..trainer.estimate import GIB
 from ..trainer.gpus import GPUS, Gpu, gpu_named, gpu_of_device
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
         config = with_gpu_defaults(config, gpu)
         quiet_libraries()
         described = describe(config.model)
+        scheduler = trained_scheduler(described.scheduler, config.diffusion)
+        described = described._replace(scheduler=scheduler)
         check_resolution(config.data.resolution, described)
         plan = Prediction(config, described, gpu, ranks, data_of(config))
         tried = None
@@ -99,7 +102,7 @@ def check(config: RunConfig) -> None:
     has_data = config.data.dataset_name is not None or config.data.train_data_dir is not None
     if has_data or config.model.pretrained_model_name_or_path is None:
         config.check_complete()
-    config.data.check_cache()
+    config.check_together()
 
 
 def data_of(config: RunConfig) -> Data | None:
@@ -160,6 +163,7 @@ def lines(plan: Prediction, tried: int | None) -> list[str]:
         f"length      {_length(plan)}",
         f"cache       {_cache(plan)}",
         f"checkpoint  {in_bytes(plan.checkpoint)} each{_checkpoints(plan)}",
+        *_snapshots(plan),
         f"pipeline    {in_bytes(plan.pipeline)}",
         plan.advice(),
     ]
@@ -189,3 +193,14 @@ def _checkpoints(plan: Prediction) -> str:
     made = -(-plan.steps // output.checkpointing_steps)
     kept = min(made, output.checkpoints_total_limit or made)
     return f", {kept} kept: {in_bytes(kept * plan.checkpoint)}"
+
+
+def _snapshots(plan: Prediction) -> list[str]:
+    """Of --post_hoc_ema, none of which is ever deleted."""
+    if not plan.snapshot:
+        return []
+    line, output = f"snapshots   {in_bytes(plan.snapshot)} each", plan.config.output
+    if plan.steps is not None:
+        made = -(-plan.steps // (output.ema_snapshot_steps or output.checkpointing_steps))
+        line += f", {made} kept: {in_bytes(made * plan.snapshot)}"
+    return [line]

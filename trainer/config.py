@@ -15,6 +15,9 @@ LrScheduler = Literal[
 ]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Format = Literal["fp32", "bf16"]
+PredictionType = Literal["epsilon", "v_prediction"]
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
+LONGEST_EMA = 12**-0.5  # relative standard deviation of the plain mean over all steps
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -22,6 +25,19 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 def _at_least(flag: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise UsageError(f"--{flag} must be {least} or more, got {value}")
+
+
+def check_ema_length(told: str, length: float) -> None:
+    """Raises UsageError for a relative standard deviation that no power-law average has.
+
+    Args:
+        told: the flag and its value.
+    """
+    if not 0 < length <= LONGEST_EMA:
+        raise UsageError(
+            f"{told}: a length is above 0 and at most {LONGEST_EMA:.4f}, which is the mean over "
+            "all steps; for instance 0.05 and 0.1"
+        )
 
 
 def _share(flag: str, value: float | None) -> None:
@@ -149,6 +165,46 @@ class ConditioningConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionConfig:
+    """What the UNet learns to predict, from which noise, and how much each timestep counts.
+
+    Names are those of diffusers' train_text_to_image.py where it has them.
+    """
+
+    prediction_type: PredictionType | None = None  # ours: instead of what the pipeline predicts
+    rescale_betas_zero_snr: bool = False  # ours: the last timestep is pure noise; v_prediction only
+    min_timestep: int = 0  # ours: the first timestep that is trained
+    max_timestep: int | None = None  # ours: trained are those below; default: all
+    snr_gamma: float | None = None  # ours: min-SNR weights of the loss (paper: 5)
+    noise_offset: float = 0.0  # ours: of a normal that is added to each channel's noise (0.1)
+    input_perturbation: float = 0.0  # ours: of more noise that is not predicted (paper: 0.1)
+
+    def __post_init__(self) -> None:
+        _at_least("min_timestep", self.min_timestep, 0)
+        _at_least("max_timestep", self.max_timestep, 1)
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise UsageError(
+                f"--snr_gamma must be above 0, got {self.snr_gamma}; leave it out for equal weights"
+            )
+        for name in ("noise_offset", "input_perturbation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+
+    def check(self) -> None:
+        """Raises UsageError when flags do not go together."""
+        if self.max_timestep is not None and self.min_timestep >= self.max_timestep:
+            raise UsageError(
+                f"--min_timestep {self.min_timestep} must be below --max_timestep "
+                f"{self.max_timestep}, which is not trained itself"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UsageError(
+                "--rescale_betas_zero_snr is not --prediction_type epsilon, which pure noise has "
+                "nothing to learn from: take v_prediction"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW, its schedule, and the averaged copy of the weights."""
 
@@ -156,6 +212,8 @@ class OptimConfig:
     scale_lr: bool = False  # multiply the learning rate by the samples of one optimizer step
     lr_scheduler: LrScheduler = "constant"  # counted in optimizer steps
     lr_warmup_steps: int = 500  # optimizer steps; "constant" has no warm-up whatever this says
+    lr_num_cycles: int = 1  # ours: waves of cosine_with_restarts
+    lr_power: float = 1.0  # ours: of polynomial
     use_8bit_adam: bool = False  # AdamW with 8-bit moments (pip install fusedit[8bit]; needs a GPU)
     adam_moments_dtype: Format = "fp32"  # ours: bf16 rounds by chance, right on average
     adam_beta1: float = 0.9
@@ -165,10 +223,14 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # global L2 norm, clipped once an optimizer step; inf: never
     use_ema: bool = False  # keep an averaged copy and export it; the raw weights are kept too
     ema_decay: float = 0.9999  # ours: after the warm-up (1 + n) / (10 + n), as in the paper's code
+    post_hoc_ema: tuple[float, ...] = ()  # ours: lengths to choose another from later, 0.05 0.1
 
     def __post_init__(self) -> None:
         _at_least("learning_rate", self.learning_rate, 0)
         _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
+        _at_least("lr_num_cycles", self.lr_num_cycles, 1)
+        if not 0 < self.lr_power < float("inf"):
+            raise UsageError(f"--lr_power must be above 0, got {self.lr_power}")
         _at_least("adam_weight_decay", self.adam_weight_decay, 0)
         _at_least("adam_epsilon", self.adam_epsilon, 0)
         for name in ("adam_beta1", "adam_beta2"):
@@ -183,6 +245,34 @@ class OptimConfig:
             raise UsageError(
                 f"--adam_moments_dtype {self.adam_moments_dtype} is not --use_8bit_adam: leave out "
                 "one"
+            )
+        told = f"--post_hoc_ema {' '.join(map(str, self.post_hoc_ema))}"
+        for length in self.post_hoc_ema:
+            check_ema_length(told, length)
+        if len(set(self.post_hoc_ema)) < len(self.post_hoc_ema):
+            raise UsageError(f"{told}: each length is kept once; leave out the second")
+
+    @property
+    def averages(self) -> int:
+        """How many averaged copies move with the weights."""
+        return self.use_ema + len(self.post_hoc_ema)
+
+    def check(self) -> None:
+        """Raises UsageError when a flag has no meaning in the schedule that was chosen."""
+        for flag, value, default, serves in (
+            ("lr_num_cycles", self.lr_num_cycles, 1, "cosine_with_restarts"),
+            ("lr_power", self.lr_power, 1.0, "polynomial"),
+        ):
+            if value != default and self.lr_scheduler != serves:
+                raise UsageError(
+                    f"--{flag} {value} is for --lr_scheduler {serves}, not {self.lr_scheduler}: "
+                    "leave out one"
+                )
+        low = self.learning_rate <= POLYNOMIAL_END and not self.scale_lr
+        if self.lr_scheduler == "polynomial" and low:
+            raise UsageError(
+                f"--learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, at which "
+                "--lr_scheduler polynomial ends"
             )
 
 
@@ -280,6 +370,7 @@ class OutputConfig:
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or latest (the default)
     checkpointing_steps: int = 500  # optimizer steps between checkpoints
     checkpoints_total_limit: int | None = None  # newest checkpoints kept; all by default
+    ema_snapshot_steps: int | None = None  # ours: of --post_hoc_ema; default: with each checkpoint
     logging_dir: str = "logs"  # TensorBoard's folder, inside --output_dir
     log_every: int = 10  # ours: optimizer steps between lines of the log
     report_to: str = "tensorboard"  # or wandb, mlflow, trackio; a,b for several; all; none
@@ -290,6 +381,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         _at_least("checkpointing_steps", self.checkpointing_steps, 1)
         _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        _at_least("ema_snapshot_steps", self.ema_snapshot_steps, 1)
         _at_least("log_every", self.log_every, 1)
         unknown = set(self.report_to.split(",")) - {*TRACKERS, "all", "none"}
         if unknown:
@@ -310,6 +402,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -335,4 +428,15 @@ class RunConfig:
             raise UsageError(
                 "--dataset_name or --train_data_dir is missing: a name on the hub or a local folder"
             )
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises UsageError when flags do not go together."""
         self.data.check_cache()
+        self.diffusion.check()
+        self.optim.check()
+        if self.output.ema_snapshot_steps is not None and not self.optim.post_hoc_ema:
+            raise UsageError(
+                f"--ema_snapshot_steps {self.output.ema_snapshot_steps} is of --post_hoc_ema, "
+                "which was not given: leave it out, or add --post_hoc_ema 0.05 0.1"
+            )

@@ -162,7 +162,7 @@ def memory_bytes(counted: Counted, config: RunConfig, images: int, ranks: int) -
         "gradients": counted.parameters * (2 + 4 * sums if halves else 4),
         "gradients on their way": counted.parameters * sent,
         "moments": counted.parameters * moment_bytes(config.optim),
-        "averages (EMA)": counted.parameters * 4 * config.optim.use_ema,
+        "averages (EMA)": counted.parameters * 4 * config.optim.averages,
         "VAE and text encoder": counted.encoder_bytes,
     }
     # Copies are of no micro-batch's size: autocast's of the weights, or gradients of bf16 ones.
@@ -251,15 +251,15 @@ def rates(
 def _optimizer_bytes(config: RunConfig, ranks: int) -> float:
     """Moved for each parameter by clipping, AdamW, averages and the zeroing of gradients."""
     optim, section = config.optim, config.precision
-    read_and_written = 4 + moment_bytes(optim) + 4 * optim.use_ema
+    read_and_written = 4 + moment_bytes(optim) + 4 * optim.averages
     halves, sums = section.param_dtype == "bf16", config.sums_gradients(ranks)
     gradient = 2 if halves and not sums else 4  # read for its norm and for its step
     moved = 2 * read_and_written + 3 * gradient + 2 * halves
     if halves and sums:  # each micro-step's gradient to the masters'
         moved += 12 * config.loop.gradient_accumulation_steps
     one_pass = optim.adam_moments_dtype == "bf16" or not (section.plain or optim.use_8bit_adam)
-    if optim.use_ema and not one_pass:
-        moved += 24  # the difference, scaled, is written and read between
+    if not one_pass:
+        moved += 24 * optim.averages  # the difference, scaled, is written and read between
     if optim.use_8bit_adam:
         moved += 8  # gradients are scaled before
     return moved
@@ -270,7 +270,12 @@ def _optimizer_bytes(config: RunConfig, ranks: int) -> float:
 
 def checkpoint_bytes(counted: Counted, section: OptimConfig) -> float:
     """Weights, moments and averages; as `trainer/run.py` saves them."""
-    return counted.parameters * (4 + moment_bytes(section) + 4 * section.use_ema)
+    return counted.parameters * (4 + moment_bytes(section) + 4 * section.averages)
+
+
+def snapshot_bytes(counted: Counted, section: OptimConfig) -> int:
+    """Of the averages of --post_hoc_ema, as they are kept beside the checkpoints."""
+    return counted.parameters * 4 * len(section.post_hoc_ema)
 
 
 def pipeline_bytes(counted: Counted, section: OptimConfig, others: int) -> int:

@@ -20,6 +20,7 @@ from .loss import EditLoss
 from .masters import reduce_in_bf16
 from .optim import make_optimizer
 from .plan import Plan
+from .power_ema import PowerEma, part_of
 from .pretrained import load_encoders, load_unet
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
@@ -52,7 +53,10 @@ class Job:
         self.cached = cached
         self.loss_fn = EditLoss(
             Diffusion.from_scheduler(
-                plan.described.scheduler, plan.described.vae["scaling_factor"], device
+                plan.described.scheduler,
+                plan.described.vae["scaling_factor"],
+                device,
+                config.diffusion,
             ),
             config.conditioning.rates,
             plan.described.null_text(self._empty_text()),
@@ -65,6 +69,7 @@ class Job:
         if config.optim.use_ema:
             publish = None if self.masters is None else self.masters.publish
             self.ema = Ema(named, config.optim.ema_decay, publish)
+        self.kept = {length: PowerEma(named, length) for length in config.optim.post_hoc_ema}
         self.optimizer = make_optimizer(
             named,
             config.optim,
@@ -72,6 +77,7 @@ class Job:
             self.masters,
             fused=self.kernels_run,
             seed=config.loop.seed,
+            kept=list(self.kept.values()),
         )
         self.loss_scale = LossScale(plan.dtype is torch.float16, device)
         self.pairs = EditPairs(
@@ -187,7 +193,16 @@ class Job:
             "unet": {name: weights.detach() for name, weights in unet.items()},
             "optimizer": self.optimizer.state(),
         }
-        return parts if self.ema is None else parts | {"ema": self.ema.averages}
+        parts |= {} if self.ema is None else {"ema": self.ema.averages}
+        return parts | self.snapshot()
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """The averages of --post_hoc_ema, by part and name."""
+        return {part_of(length): kept.averages for length, kept in self.kept.items()}
+
+    def ema_weights(self, step: int) -> list[float]:
+        """How far each of the averages moves after an optimizer step, from 1."""
+        return [averages.weight(step) for averages in self.optimizer.averages]
 
     def load_tensors(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Takes what `tensors` gave."""
@@ -195,3 +210,5 @@ class Job:
         self.optimizer.load_state(parts["optimizer"])
         if self.ema is not None:
             self.ema.load_state(parts["ema"])
+        for length, kept in self.kept.items():
+            kept.load_state(parts[part_of(length)])

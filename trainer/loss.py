@@ -21,9 +21,18 @@ class Purposes(NamedTuple):
     posterior: Purpose
     noise: Purpose
     timestep: Purpose
+    noise_offset: Purpose | None = None  # None: none is added, whatever the run trains with
+    input_perturbation: Purpose | None = None  # the same
 
 
-TRAINING = Purposes(Purpose.POSTERIOR, Purpose.NOISE, Purpose.TIMESTEP)
+TRAINING = Purposes(
+    Purpose.POSTERIOR,
+    Purpose.NOISE,
+    Purpose.TIMESTEP,
+    Purpose.NOISE_OFFSET,
+    Purpose.INPUT_PERTURBATION,
+)
+# Noise as it is, and unweighted: the held-out losses of runs with other options can be compared.
 HELD_OUT = Purposes(Purpose.HELD_OUT_POSTERIOR, Purpose.HELD_OUT_NOISE, Purpose.HELD_OUT_TIMESTEP)
 
 
@@ -62,20 +71,27 @@ class EditLoss:
         self.autocast_dtype = autocast_dtype
 
     def __call__(self, unet: nn.Module, samples: Samples) -> Tensor:
-        """[] fp32, the sum over the samples of weight times error, conditions dropped by draw."""
+        """[] fp32, the sum over the samples of weight times error, conditions dropped by draw.
+
+        The weight is the sample's and that of its timestep, which counts in no mean's divisor.
+        """
         draw = draw_uniform(self.seed, Purpose.DROPOUT, samples.positions)[:, 0]
         given = self.edit_input(samples, *drop_masks(draw, self.rates), TRAINING)
-        return self.error(unet, given, samples.weights)
+        weights = samples.weights
+        if self.diffusion.loss_weights is not None:
+            weights = weights * self.diffusion.loss_weights[given.timesteps]
+        return self.error(unet, given, weights)
 
     @torch.no_grad()
     def edit_input(
         self, samples: Samples, drop_text: Tensor, drop_image: Tensor, purposes: Purposes
     ) -> EditInput:
         """Draws posterior sample, noise and timestep, and hides what the masks say."""
-        diffusion = self.diffusion
-        timesteps = draw_integers(
-            self.seed, purposes.timestep, samples.positions, len(diffusion.signal)
+        diffusion, trained = self.diffusion, self.diffusion.timesteps
+        timesteps = trained.start + draw_integers(
+            self.seed, purposes.timestep, samples.positions, len(trained)
         )
+        shifts, perturbs = purposes.noise_offset, purposes.input_perturbation
         latents, target = edit_input(
             samples.target_mean,
             samples.target_std,
@@ -91,6 +107,10 @@ class EditLoss:
             latent_scale=diffusion.latent_scale,
             prediction_type=diffusion.prediction_type,
             dtype=self.autocast_dtype,
+            noise_offset=0.0 if shifts is None else diffusion.noise_offset,
+            noise_offset_purpose=shifts or 0,
+            input_perturbation=0.0 if perturbs is None else diffusion.input_perturbation,
+            input_perturbation_purpose=perturbs or 0,
         )
         text = torch.where(drop_text[:, None, None], self.null_text.states, samples.text)
         pooled = torch.where(drop_text[:, None], self.null_text.pooled, samples.pooled)

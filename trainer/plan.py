@@ -16,9 +16,11 @@ from . import checkpoint
 from .buckets import Buckets, Size, find_buckets, square
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import Order, split_rows
+from .diffusion import trained_scheduler
 from .errors import UsageError
 from .files import write_text
 from .optim import check_8bit
+from .power_ema import SNAPSHOTS
 from .pretrained import Described, check_resolution, describe
 from .rows import Rows, open_rows
 from .sample import open_image
@@ -117,6 +119,8 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     resume, passed_over = _find_checkpoint(config, global_batch)
 
     described = describe(config.model)
+    scheduler = trained_scheduler(described.scheduler, config.diffusion)
+    described = described._replace(scheduler=scheduler)
     check_resolution(config.data.resolution, described)
     check_vae(config, described)
     rows = open_rows(config.data, config.model.cache_dir)
@@ -174,10 +178,11 @@ def claim_output(plan: Plan) -> None:
         if plan.config.output.overwrite:
             (output / "model_index.json").unlink(missing_ok=True)
             checkpoint.delete_all(output)
-            for name in ("validation", plan.config.output.logging_dir):
+            for name in ("validation", SNAPSHOTS, plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)
-        checkpoint.clean(output)
-        checkpoint.set_aside_later(output, step_of(plan.resume))
+        for folder in (output, output / SNAPSHOTS):
+            checkpoint.clean(folder)
+            checkpoint.set_aside_later(folder, step_of(plan.resume))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}") from None
     write_text(output / RUN_FILE, to_toml(plan.config))
@@ -309,6 +314,11 @@ def _notes(config: RunConfig, asked_cache: str | None, on_gpu: bool) -> list[str
         notes.append(
             "--resume_from_checkpoint names a checkpoint: each start goes back to it; leave it out "
             "to go on from the newest"
+        )
+    if config.diffusion.snr_gamma is not None and config.diffusion.rescale_betas_zero_snr:
+        notes.append(
+            "--snr_gamma with --rescale_betas_zero_snr: the last timestep, whose SNR is 0, has "
+            "weight 0, so it is learned only from its neighbours"
         )
     if config.conditioning.rates == (0.0, 0.0, 0.0):
         notes.append(

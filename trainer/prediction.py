@@ -16,6 +16,7 @@ from .estimate import (
     largest,
     memory_bytes,
     pipeline_bytes,
+    snapshot_bytes,
     step_ms,
 )
 from .gpus import Gpu
@@ -56,6 +57,7 @@ class Prediction:
         others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
         self.pipeline = pipeline_bytes(self.counted, config.optim, others)
         self.checkpoint = checkpoint_bytes(self.counted, config.optim)
+        self.snapshot = snapshot_bytes(self.counted, config.optim)
         side = config.data.resolution  # buckets are no larger
         self.shape = shape_of(
             config.data,
@@ -121,6 +123,7 @@ class Prediction:
             "hours": None if self.steps is None else self.steps * self.step_s / 3600,
             "cache_bytes": None if self.cache is None else sum(self.cache),
             "checkpoint_bytes": round(self.checkpoint),
+            "snapshot_bytes": self.snapshot,
             "pipeline_bytes": self.pipeline,
             "advice": self.advice(),
         }

@@ -22,6 +22,7 @@ from .log import RunLog
 from .meter import Meter
 from .optim import schedule
 from .plan import Plan, claim_output, make_plan, set_numerics
+from .power_ema import SNAPSHOTS
 from .pretrained import load_encoders
 from .sample import build_pipeline
 from .settings import flat
@@ -101,7 +102,14 @@ class Run:
         config, world, plan = self.plan.config, self.world, self.plan
         loop, data, optim, output = config.loop, config.data, config.optim, config.output
         peak = optim.learning_rate * (plan.global_batch if optim.scale_lr else 1)
-        lr_at = schedule(optim.lr_scheduler, peak, optim.lr_warmup_steps, plan.total_steps)
+        lr_at = schedule(
+            optim.lr_scheduler,
+            peak,
+            optim.lr_warmup_steps,
+            plan.total_steps,
+            optim.lr_num_cycles,
+            optim.lr_power,
+        )
         job = self.job
         update = job.update()
         validator = self._validator()
@@ -124,8 +132,8 @@ class Run:
                 for message in messages:
                     log.note(f"skipped: {message}")
                 lr = lr_at(self.step)
-                weight = job.ema.weight(self.step + 1) if job.ema is not None else 0.0
-                result = update(job.samples(window), Rates.on(world.device, lr, weight))
+                rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
+                result = update(job.samples(window), rates)
                 self.step += 1
                 meter.add(result)
                 last = self.step == plan.total_steps
@@ -135,12 +143,16 @@ class Run:
                     log.progress(self.step, values)
                 shows = validator is not None and validator.due(self.step, plan.total_steps)
                 saves = self.step % output.checkpointing_steps == 0 or last
-                if not (shows or saves):
+                every = output.ema_snapshot_steps or output.checkpointing_steps
+                keeps = bool(job.kept) and (self.step % every == 0 or last)
+                if not (shows or saves or keeps):
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
                         with eager():  # its shapes are others
                             validator.run(self.step, job.ema, log)
+                    if keeps:  # before the checkpoint, from which a run does not come back to it
+                        self.save_snapshot()
                     if saves:
                         self.save()
             log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
@@ -160,6 +172,14 @@ class Run:
             if self.world.is_main:
                 keep = self.plan.config.output.checkpoints_total_limit
                 checkpoint.save(self.plan.output, self.step, self._state(), keep)
+
+    def save_snapshot(self) -> None:
+        """Writes the averages of --post_hoc_ema; all ranks wait for it."""
+        with self.world.together():
+            if self.world.is_main:
+                state = {"step": self.step, "lengths": list(self.job.kept)}
+                kept = Checkpoint(self.job.snapshot(), state)
+                checkpoint.save(self.plan.output / SNAPSHOTS, self.step, kept, keep=None)
 
     def _state(self) -> Checkpoint:
         scale = self.job.loss_scale

@@ -21,11 +21,12 @@ class Rates(NamedTuple):
     """What the host decides about one update, on the device: a CUDA graph reads it anew."""
 
     lr: Tensor  # [] fp64
-    ema_weight: Tensor  # [] fp64, how far the averages move
+    ema_weights: Tensor  # [averages] fp64, how far each of the optimizer's averages moves
 
     @classmethod
-    def on(cls, device: torch.device, lr: float, ema_weight: float) -> "Rates":
-        return cls(*upload(torch.tensor([lr, ema_weight], dtype=torch.float64), device).unbind())
+    def on(cls, device: torch.device, lr: float, *ema_weights: float) -> "Rates":
+        rates = upload(torch.tensor([lr, *ema_weights], dtype=torch.float64), device)
+        return cls(rates[0], rates[1:])
 
 
 class StepResult(NamedTuple):
@@ -103,7 +104,7 @@ def train_step(
     finite = torch.isfinite(grad_norm)
     applied = finite & (count > 0)
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
-    optimizer.update(rates.lr, rates.ema_weight, mean_factor * clip, applied)
+    optimizer.update(rates.lr, rates.ema_weights, mean_factor * clip, applied)
     loss_scale.update(finite)
     return StepResult(loss, count, grad_norm, applied)
 

@@ -18,6 +18,7 @@ from .families import SIZE_IDS, Text, text_widths
 from .loss import EditLoss
 from .optim import make_optimizer
 from .plan import DTYPES, vae_dtype_of
+from .power_ema import PowerEma
 from .pretrained import Described
 from .step import LossScale, Rates, train_step
 from .unet import prepare_unet
@@ -87,10 +88,11 @@ class TrialRun:
         )
         named, masters = self.prepared.parameters, self.prepared.masters
         ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
-        self.optimizer = make_optimizer(named, config.optim, ema, masters, fused=fused)
+        kept = [PowerEma(named, length) for length in config.optim.post_hoc_ema]
+        self.optimizer = make_optimizer(named, config.optim, ema, masters, fused=fused, kept=kept)
         self.loss_scale = LossScale(self.dtype is torch.float16, device)
         diffusion = Diffusion.from_scheduler(
-            described.scheduler, described.vae["scaling_factor"], device
+            described.scheduler, described.vae["scaling_factor"], device, config.diffusion
         )
         self.length = described.row_length
         self.side = config.data.resolution // described.vae_factor
@@ -129,7 +131,7 @@ class TrialRun:
                 self.loss_scale,
                 self.world,
                 [self._samples(images)],
-                Rates.on(self.device, 0.0, 0.0),
+                Rates.on(self.device, 0.0, *[0.0] * self.config.optim.averages),
                 slots=images,
                 max_grad_norm=1.0,
             )

@@ -82,6 +82,27 @@ def test_what_it_tells_a_person(capsys):
     assert any(line.split()[:1] == ["total"] and "of 79.65: fits" in line for line in lines)
 
 
+def test_averages_for_later_take_memory_time_and_disk(capsys):
+    plain = _facts(capsys, max_train_steps=1200)
+    lengths = "--post_hoc_ema", "0.05", "0.1"
+    facts = _facts(capsys, *lengths, max_train_steps=1200)
+    each = facts["memory_bytes"]["averages (EMA)"] / 2
+    assert each == plain["memory_bytes"]["parameters"]
+    assert facts["snapshot_bytes"] == 2 * each
+    assert facts["checkpoint_bytes"] == plain["checkpoint_bytes"] + 2 * each
+    assert facts["step_ms"]["optimizer"] > 1.3 * plain["step_ms"]["optimizer"]
+    assert plain["snapshot_bytes"] == 0
+    assert cli.main(_flags(*lengths, max_train_steps=1200, ema_snapshot_steps=100)) == 0
+    (line,) = [at for at in capsys.readouterr().out.splitlines() if at.startswith("snapshots")]
+    assert "each, 12 kept: " in line
+
+
+def test_a_plan_refuses_what_the_pipelines_schedule_does_not_serve(capsys):
+    assert "which needs v-prediction" in _mistake(capsys, "--rescale_betas_zero_snr")
+    assert "--max_timestep 2000 must be at most 1000" in _mistake(capsys, max_timestep=2000)
+    assert "--lr_power 2.0 is for" in _mistake(capsys, lr_power=2.0)
+
+
 def test_what_it_tells_a_machine(capsys):
     facts = _facts(capsys, nproc_per_node=2, gradient_accumulation_steps=3)
     assert facts["estimated_not_measured"] is True

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from jobs import Job
+from jobs import OPTIONS, Job
 from recorder import record
 from tiny import save_tiny_pipeline
 
@@ -12,7 +12,13 @@ from fusedit.trainer.captured import Captured, record_graph
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.step import Rates
 
-PRECISIONS = [{}, {"fp16": True}, {"param_dtype": "bf16"}, {"gradient_checkpointing": True}]
+SETTINGS = [
+    {},
+    {"fp16": True},
+    {"param_dtype": "bf16"},
+    {"gradient_checkpointing": True},
+    OPTIONS,
+]
 STEPS, EAGER_STEPS = 6, 2
 
 
@@ -37,7 +43,7 @@ def _results(base, device, captured, **settings):
     } | job.moved()
 
 
-@pytest.mark.parametrize("settings", PRECISIONS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 @pytest.mark.parametrize("fused", [False, True], ids=["pytorch", "one pass"])
 def test_a_graph_does_what_the_updates_do_one_by_one(fused, settings, base, device):
     if device == "cuda" and not fused:

@@ -184,6 +184,7 @@ def test_the_peak_is_what_a_real_backward_keeps(base):
     [
         ({}, 1, 4 + 4 + 8),
         ({"optim": {"use_ema": True}}, 1, 4 + 4 + 8 + 4),
+        ({"optim": {"use_ema": True, "post_hoc_ema": (0.05, 0.1)}}, 1, 4 + 4 + 8 + 3 * 4),
         ({"optim": {"use_8bit_adam": True}}, 1, 4 + 4 + 2 * (1 + 4 / 256)),
         ({"optim": {"adam_moments_dtype": "bf16"}}, 1, 4 + 4 + 4),
         ({"param_dtype": "bf16"}, 1, 2 + 4 + 2 + 8),
@@ -203,6 +204,7 @@ def test_bytes_of_a_parameter(base, settings, ranks, expected):
     "settings",
     [
         {"optim": {"use_ema": True}},
+        {"optim": {"use_ema": True, "post_hoc_ema": (0.05, 0.1)}},
         {"optim": {"adam_moments_dtype": "bf16"}},
         {"param_dtype": "bf16", "loop": {"gradient_accumulation_steps": 2}},
     ],
@@ -215,7 +217,7 @@ def test_a_real_run_holds_those_bytes(base, settings):
     prepared, optimizer = trial.prepared, trial.optimizer
     moved = prepared.parameters.values()
     moments = [t for name, t in optimizer.state().items() if not name.endswith(".step")]
-    averages = [] if optimizer.ema is None else list(optimizer.ema.averages.values())
+    averages = [t for kept in optimizer.averages for t in kept.averages.values()]
     masters = [] if prepared.masters is None else list(moved)
     real = {
         "parameters": bytes_of(prepared.unet),

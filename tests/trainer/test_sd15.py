@@ -74,7 +74,7 @@ def test_one_real_step():
         LossScale(False, torch.device("cpu")),
         World(),
         [_samples(2, 8, "cpu")],
-        Rates.on(torch.device("cpu"), 1e-4, 0.0),
+        Rates.on(torch.device("cpu"), 1e-4),
         slots=2,
         max_grad_norm=1.0,
     )
