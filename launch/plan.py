@@ -100,6 +100,7 @@ def check(config: RunConfig) -> None:
     if has_data or config.model.pretrained_model_name_or_path is None:
         config.check_complete()
     config.data.check_cache()
+    config.check_adapter()
 
 
 def data_of(config: RunConfig) -> Data | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .adapters import load_trained
 from .cache import CachedBatch, CachedPairs
 from .captured import Captured, Update
 from .compiled import check_gradients, compile_unet
@@ -38,7 +39,7 @@ class Job:
         config, device = plan.config, world.device
         self.plan, self.world = plan, world
         self.kernels_run = device.type == "cuda" and not config.precision.plain
-        self.unet, self.masters, self.fused = prepared = prepare_unet(
+        self.unet, self.masters, self.fused, self.adapter = prepared = prepare_unet(
             load_unet(config.model),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
@@ -46,6 +47,9 @@ class Job:
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
             sums=not self.kernels_run or config.sums_gradients(world.size),
+            adapter=config.adapter,
+            dtype=plan.dtype,
+            seed=config.loop.seed,
         )
         self.tokenize = make_tokenize(plan.described.tokenizer)
         self.cached = cached
@@ -58,8 +62,9 @@ class Job:
             config.loop.seed,
             plan.dtype,
         )
+        self.training_loss = self.adapter.drawing(self.loss_fn) if self.adapter else self.loss_fn
         self.aside = SideStream(device)  # what it works with is on the device by now
-        named = prepared.parameters
+        self.named = named = prepared.parameters
         self.ema = None
         if config.optim.use_ema:
             publish = None if self.masters is None else self.masters.publish
@@ -90,7 +95,7 @@ class Job:
         if parts == "off":
             return
         compile_unet(self.unet, parts)
-        check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
+        check_gradients(self.unet, self.training_loss, self._blank(), self.plan.dtype, parts)
 
     def _blank(self) -> Samples:
         """A micro-batch of weight 0, in the shapes of all others."""
@@ -104,7 +109,7 @@ class Job:
         update = partial(
             train_step,
             self._data_parallel(),
-            self.loss_fn,
+            self.training_loss,
             self.optimizer,
             self.loss_scale,
             self.world,
@@ -126,6 +131,7 @@ class Job:
             device_ids=[self.world.local_rank] if on_gpu else None,
             bucket_cap_mb=self.plan.config.loop.bucket_mb,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they never change
             static_graph=True,
         )
         if self.masters is not None:
@@ -134,7 +140,7 @@ class Job:
         elif section.all_reduce_dtype == "bf16":
             model.register_comm_hook(None, reduce_in_bf16(self.world.size))
         for _ in range(2):  # a static graph is learned in the first, its buckets in the second
-            discarded_step(model, self._blank(), self.loss_fn, self.optimizer)
+            discarded_step(model, self._blank(), self.training_loss, self.optimizer)
         return model
 
     def samples(self, window: Sequence[PixelBatch | CachedBatch]) -> list[Samples]:
@@ -168,16 +174,18 @@ class Job:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint keeps of it, by part and name."""
-        unet = self.unet.state_dict() if self.masters is None else self.masters.named
         parts = {
-            "unet": {name: weights.detach() for name, weights in unet.items()},
+            "unet": {name: weights.detach() for name, weights in self.named.items()},
             "optimizer": self.optimizer.state(),
         }
         return parts if self.ema is None else parts | {"ema": self.ema.averages}
 
     def load_tensors(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Takes what `tensors` gave."""
-        (self.masters or self.unet).load_state_dict(parts["unet"])
+        if self.adapter is not None:
+            load_trained(self.unet, parts["unet"])
+        else:
+            (self.masters or self.unet).load_state_dict(parts["unet"])
         self.optimizer.load_state(parts["optimizer"])
         if self.ema is not None:
             self.ema.load_state(parts["ema"])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..kernels.attention_choice import LEAST_CAPABILITY
 from . import checkpoint
+from .adapter_files import LORA_FILE
+from .adapters import check_peft
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import split_rows
 from .errors import UsageError
@@ -66,7 +68,7 @@ class Plan:
         source = data.dataset_name or data.train_data_dir
         return [
             f"model      {self.config.model.pretrained_model_name_or_path}, "
-            f"{self.described.unet['in_channels']} input channels",
+            f"{self.described.unet['in_channels']} input channels" + _adapter(self.config),
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
@@ -76,6 +78,14 @@ class Plan:
             f"output     {self.output}"
             + (f", going on from {self.resume.name}" if self.resume else ""),
         ]
+
+
+def _adapter(config: RunConfig) -> str:
+    section = config.adapter
+    if section.lora_rank is None:
+        return ""
+    kind = "DoRA" if section.use_dora else "LoRA"
+    return f"; a {kind} of rank {section.lora_rank} and conv_in are trained"
 
 
 def make_plan(config: RunConfig, world: World) -> Plan:
@@ -91,6 +101,8 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     _check_output(config.output)
     if config.optim.use_8bit_adam:
         check_8bit(world.device.type)
+    if config.adapter.lora_rank is not None:
+        check_peft()
     global_batch = config.loop.global_batch(world.size)
     resume, passed_over = _find_checkpoint(config, global_batch)
 
@@ -137,7 +149,8 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            (output / "model_index.json").unlink(missing_ok=True)
+            for name in ("model_index.json", LORA_FILE):
+                (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
             for name in ("validation", plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)
