@@ -1,8 +1,8 @@
 """A trained adapter as files that diffusers loads, and the lines that load them.
 
-    pytorch_lora_weights.safetensors   for load_lora_weights, with peft's settings
-    conv_in.safetensors                weight and bias of the 8-channel conv_in
-    raw/                               the same without averaging, where there are averages
+pytorch_lora_weights.safetensors   for load_lora_weights, with peft's settings
+conv_in.safetensors                weight and bias of the 8-channel conv_in
+raw/                               the same without averaging, where there are averages
 """
 
 import copy

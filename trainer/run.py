@@ -267,5 +267,3 @@ class Run:
             self.plan.total_steps,
             self.step,
         )
-
-

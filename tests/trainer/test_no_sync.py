@@ -10,6 +10,8 @@ from jobs import Job
 from tiny import save_tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedit.trainer.config import AdapterConfig
+
 aten = torch.ops.aten
 WAITS = {  # whose result Python sees, or whose shape depends on values
     aten._local_scalar_dense.default,
@@ -32,7 +34,13 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-PRECISIONS = [{}, {"param_dtype": "bf16"}, {"gradient_checkpointing": True}]
+ADAPTER = AdapterConfig(lora_rank=2, lora_dropout=0.5)
+PRECISIONS = [
+    {},
+    {"param_dtype": "bf16"},
+    {"gradient_checkpointing": True},
+    {"adapter": ADAPTER, "gradient_checkpointing": True},
+]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
