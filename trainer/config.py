@@ -378,8 +378,14 @@ class RunConfig:
     def check_adapter(self) -> None:
         """Raises UsageError when an adapter does not go with the other flags."""
         self.adapter.check_rank()
-        if self.adapter.lora_rank is not None and self.precision.param_dtype != "fp32":
+        section = self.precision
+        if self.adapter.lora_rank is not None and section.param_dtype != "fp32":
             raise UsageError(
-                f"--param_dtype {self.precision.param_dtype} is not --lora_rank, whose frozen "
-                "weights are in --mixed_precision's format anyway: leave it out"
+                f"--param_dtype {section.param_dtype} is not --lora_rank, whose frozen weights are "
+                "in --mixed_precision's format anyway: leave it out"
+            )
+        if self.adapter.use_dora and section.compile not in ("auto", "off"):
+            raise UsageError(
+                f"--compile {section.compile} is not --use_dora, which torch cannot trace as peft "
+                "has it: take auto"
             )

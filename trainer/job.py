@@ -91,7 +91,8 @@ class Job:
     def _compile(self, parts: Compile) -> None:
         """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
         if parts == "auto":
-            parts = "blocks" if self.kernels_run else "off"
+            dora = self.plan.config.adapter.use_dora  # which cannot be traced
+            parts = "blocks" if self.kernels_run and not dora else "off"
         if parts == "off":
             return
         compile_unet(self.unet, parts)

@@ -82,9 +82,6 @@ def prepare_unet(
         seed: of the adapter's draws.
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
-    attached = None
-    if adapter is not None and adapter.lora_rank is not None:
-        attached = attach(unet, adapter, dtype, seed)
     if gradient_checkpointing:
         # Nothing in it draws from a generator, and a CUDA graph could not keep a generator's state.
         unet.enable_gradient_checkpointing(
@@ -92,6 +89,9 @@ def prepare_unet(
         )
     if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
         unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+    attached = None  # then, not before: peft's DoRA takes no channels_last convolutions of its own
+    if adapter is not None and adapter.lora_rank is not None:
+        attached = attach(unet, adapter, dtype, seed)
     masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
     lines = str(fuse(unet, attention=attention)).splitlines() if fused else []
     return Prepared(unet, masters, lines, attached)
