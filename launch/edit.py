@@ -16,6 +16,7 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from PIL import Image
 from tyro.conf import Positional, arg
 
+from ..trainer.adapter_files import LORA_FILE, MERGED
 from ..trainer.draws import Purpose, draw_normal
 from ..trainer.errors import UsageError
 from ..trainer.sample import edit_images, nearest_size, open_image
@@ -108,6 +109,11 @@ def _device(name: str | None) -> torch.device:
 def _load(model: str, device: torch.device) -> StableDiffusionInstructPix2PixPipeline:
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UsageError(f"{model}: there is no such model folder")
+    if (Path(model) / LORA_FILE).is_file():
+        raise UsageError(
+            f"{model} holds an adapter without its base: `fusedit export {model} --merge` writes "
+            f"{Path(model) / MERGED}, which is whole"
+        )
     try:
         pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
             model,

@@ -29,6 +29,7 @@ from .files import cannot_write
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 CONV_FILE = "conv_in.safetensors"
 RAW_FOLDER = "raw"
+MERGED = "merged"  # folder in a run's own, of its whole pipeline
 STAGING = ".adapter.partial"
 CONV = "conv_in."
 

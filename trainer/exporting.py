@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .adapter_files import loading, save_adapter
+from .adapter_files import MERGED, loading, save_adapter
 from .adapters import attach, load_trained, merge
 from .config import ModelConfig, RunConfig
 from .errors import UsageError
@@ -18,8 +18,6 @@ from .plan import RUN_FILE
 from .pretrained import Described, describe, load_encoders, load_unet
 from .settings import from_toml
 from .validate import newest_picture
-
-MERGED = "merged"
 
 
 def components(section: ModelConfig, described: Described) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from fusedit.launch import cli, train
@@ -161,8 +162,13 @@ def test_looking_does_not_change_the_training(here):
 @pytest.mark.parametrize("flags", [["--lora_alpha=3", "--use_ema"], ["--use_dora"]], ids=str)
 def test_the_merged_pipeline_says_what_the_adapter_says(here, flags, capsys):
     trained(*flags)
+    edit = ["--steps", "1", "-o", "edit.png"]
+    Image.new("RGB", (16, 16)).save("input.png")
+    assert cli.main(["edit", "out", "input.png", "add snow", *edit]) == 2
+    assert "`fusedit export out --merge` writes out/merged" in capsys.readouterr().err
     assert cli.main(["export", "out", "--merge"]) == 0
     assert "out/merged: written from checkpoint-4" in capsys.readouterr().out
+    assert cli.main(["edit", "out/merged", "input.png", "add snow", *edit]) == 0
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(here / "out/merged")
     unet = pipeline.unet
     assert not [name for name, _ in unet.named_parameters() if "lora" in name]
