@@ -5,7 +5,6 @@ conv_in.safetensors                weight and bias of the 8-channel conv_in
 raw/                               the same without averaging, where there are averages
 """
 
-import copy
 import os
 import shutil
 from collections.abc import Mapping
@@ -79,7 +78,7 @@ def _write(
     conv = {name.removeprefix(CONV): t for name, t in tensors.items() if name.startswith(CONV)}
     save_file(conv, folder / CONV_FILE)
     layers: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith(CONV)}
-    settings = copy.deepcopy(adapter.settings).to_dict()
+    settings = adapter.settings.to_dict()
     settings["target_modules"] = sorted(settings["target_modules"])  # a set has any order
     # peft's own names, not diffusers' older ones: those it has for some layers only, and then
     # load_lora_weights would pass over the others.
@@ -112,16 +111,14 @@ pipeline.to("cuda")
 
 def loading(folder: Path, section: ModelConfig) -> str:
     """The lines of the model card that make the trained pipeline of base and adapter."""
+    source = 'base, subfolder="unet"' if section.unet is None else f'"{public_name(section.unet)}"'
+    # The UNet is read from its plain files, whatever the variant.
+    revision = {"revision": section.non_ema_revision or section.revision}
     options = {"revision": section.revision, "variant": section.variant}
-    if section.unet is not None:
-        unet = f'"{public_name(section.unet)}"'
-    else:  # which is read from its plain files, whatever the variant
-        revision = {"revision": section.non_ema_revision or section.revision}
-        unet = f'base, subfolder="unet"{_given(revision)}'
     return LOADING.format(
         name=folder.resolve().name,
         base=public_name(str(section.pretrained_model_name_or_path)),
-        unet=unet,
+        unet=source + _given(revision),
         conv=CONV_FILE,
         options=_given(options),
     )

@@ -103,6 +103,18 @@ def test_the_cards_lines_make_the_trained_model_to_the_bit(here, flags, dtype):
     assert moved.abs().max() > 1e-4  # what the reference's script loses
 
 
+def test_the_cards_lines_name_the_base_as_it_was_read(here):
+    unet = UNet2DConditionModel.from_pretrained("base/unet")
+    torch.nn.init.normal_(unet.conv_out.weight)
+    unet.half().save_pretrained("other/unet")
+    run = trained("--unet=other/unet", "--revision=main")
+    lines = snippet(here / "out")
+    assert 'from_pretrained("unet", revision="main")' in lines
+    assert 'from_pretrained(base, unet=unet, revision="main")' in lines
+    (here / "unet").symlink_to("other/unet")  # the card tells no path
+    assert torch.equal(said(loaded(here / "out")), said(run.job.unet))
+
+
 def test_averages_are_exported_and_the_raw_values_beside_them(here):
     run = trained("--use_ema")
     for folder, values in ((here / "out", run.job.ema.averages), (here / "out/raw", run.job.named)):
