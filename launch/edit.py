@@ -14,6 +14,7 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from PIL import Image
 from tyro.conf import Positional, arg
 
+from ..trainer.adapter_files import LORA_FILE, MERGED
 from ..trainer.draws import Purpose, draw_normal
 from ..trainer.errors import UsageError
 from ..trainer.families import family_by_parts
@@ -107,6 +108,11 @@ def _device(name: str | None) -> torch.device:
 def _load(model: str, device: torch.device) -> Any:
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UsageError(f"{model}: there is no such model folder")
+    if (Path(model) / LORA_FILE).is_file():
+        raise UsageError(
+            f"{model} holds an adapter without its base: `fusedit export {model} --merge` writes "
+            f"{Path(model) / MERGED}, which is whole"
+        )
     try:
         index: Any = DiffusionPipeline.load_config(model)
         pipeline = family_by_parts(index).pipeline.from_pretrained(

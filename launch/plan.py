@@ -22,13 +22,12 @@ from ..trainer.cache_build import wanted_units
 from ..trainer.caching import in_bytes
 from ..trainer.config import RunConfig
 from ..trainer.data import split_rows
-from ..trainer.diffusion import trained_scheduler
 from ..trainer.errors import UsageError
 from ..trainer.estimate import GIB
 from ..trainer.gpus import GPUS, Gpu, gpu_named, gpu_of_device
-from ..trainer.plan import check_precision, default_cache, set_numerics
+from ..trainer.plan import check_precision, default_cache, describe_trained, set_numerics
 from ..trainer.prediction import Data, Prediction
-from ..trainer.pretrained import check_resolution, describe
+from ..trainer.pretrained import check_resolution
 from ..trainer.rows import open_rows
 from ..trainer.trial import TrialRun, largest_tried
 from .flags import parse
@@ -53,9 +52,7 @@ def main(argv: list[str]) -> int:
         check(config)
         config = with_gpu_defaults(config, gpu)
         quiet_libraries()
-        described = describe(config.model)
-        scheduler = trained_scheduler(described.scheduler, config.diffusion)
-        described = described._replace(scheduler=scheduler)
+        described = describe_trained(config)
         check_resolution(config.data.resolution, described)
         plan = Prediction(config, described, gpu, ranks, data_of(config))
         tried = None

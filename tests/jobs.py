@@ -79,6 +79,8 @@ class Job:
         diffusion = Diffusion.from_scheduler(scheduler, 0.18215, self.device, options)
         null_text = self.encoders.null_text
         self.loss_fn = EditLoss(diffusion, (0.05, 0.05, 0.05), null_text, 5, dtype)
+        if prepared.adapter is not None:
+            self.loss_fn = prepared.adapter.drawing(self.loss_fn)
         self.parameters = prepared.parameters
         self.ema = Ema(self.parameters, 0.999)
         self.optimizer = make_optimizer(

@@ -13,6 +13,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 from fusedit.launch.demo.run import DemoFlags
 from fusedit.launch.edit import EditFlags
 from fusedit.launch.ema import EmaFlags
+from fusedit.launch.export import ExportFlags
 from fusedit.launch.flags import TrainFlags, parse
 from fusedit.trainer.config import RunConfig
 from fusedit.trainer.gpus import GPUS
@@ -26,7 +27,9 @@ SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
 TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(part)}
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {
-    field.name for cls in (EditFlags, EmaFlags, DemoFlags) for field in dataclasses.fields(cls)
+    field.name
+    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags)
+    for field in dataclasses.fields(cls)
 }
 OTHER_FLAGS |= {
     "compare",
@@ -78,6 +81,8 @@ def check_command(words: list[str]) -> None:
             tyro.cli(EditFlags, args=flags, use_underscores=True)
         case ["fusedit", "ema", *flags]:
             tyro.cli(EmaFlags, args=flags, use_underscores=True)
+        case ["fusedit", "export", *flags]:
+            tyro.cli(ExportFlags, args=flags, use_underscores=True)
         case ["bash", ".ci/run", *_]:
             assert (ROOT / ".ci/run").is_file()
         case ["bash", "launch/demo.sh", *flags]:

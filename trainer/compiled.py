@@ -7,7 +7,7 @@ must first agree with eager PyTorch on this device, with real shapes.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -107,8 +107,8 @@ def differing(
 
 
 def _gradients(unet: nn.Module, loss_fn, samples: Samples) -> dict[str, Tensor]:
-    names, parameters = zip(*unet.named_parameters(), strict=True)
+    parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     loss_fn(unet, samples).backward()
-    grads = {name: p.grad.clone() for name, p in zip(names, parameters, strict=True)}
+    grads = {name: cast(Tensor, p.grad).clone() for name, p in parameters.items()}
     unet.zero_grad(set_to_none=True)
     return grads

@@ -5,7 +5,7 @@ command lines run unchanged; flags it does not have are marked "ours". A comment
 its help text on the command line.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from .errors import UsageError
@@ -202,6 +202,49 @@ class DiffusionConfig:
                 "--rescale_betas_zero_snr is not --prediction_type epsilon, which pure noise has "
                 "nothing to learn from: take v_prediction"
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """A LoRA in place of the whole UNet; conv_in, which has new channels, is trained in full."""
+
+    lora_rank: int | None = None  # ours: trains an adapter of this rank (pip install fusedit[lora])
+    lora_alpha: float | None = None  # ours: the adapter counts alpha / rank; default: the rank
+    lora_targets: str = "to_k,to_q,to_v,to_out.0"  # ours: layers that get it, by name's end
+    lora_dropout: float = 0.0  # ours: share of its inputs that an adapter does not see in training
+    use_dora: bool = False  # ours: DoRA, an adapter with the norm of each output beside it
+
+    def __post_init__(self) -> None:
+        _at_least("lora_rank", self.lora_rank, 1)
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UsageError(f"--lora_alpha must be above 0, got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+        if not all(self.targets):
+            raise UsageError(
+                f"--lora_targets is a list of names between commas, got {self.lora_targets!r}"
+            )
+        if any(target.split(".")[-1] == "conv_in" for target in self.targets):
+            raise UsageError(
+                f"--lora_targets {self.lora_targets}: conv_in is trained in full; leave it out"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
+    def alpha(self) -> float | None:
+        """By default the rank."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def check_rank(self) -> None:
+        """Raises UsageError when a flag says something of an adapter that is not asked for."""
+        for field_ in fields(self) if self.lora_rank is None else ():
+            value = getattr(self, field_.name)
+            if value != field_.default:
+                told = "" if value is True else f" {value}"
+                raise UsageError(f"--{field_.name}{told} needs --lora_rank; or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -403,6 +446,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -439,4 +483,24 @@ class RunConfig:
             raise UsageError(
                 f"--ema_snapshot_steps {self.output.ema_snapshot_steps} is of --post_hoc_ema, "
                 "which was not given: leave it out, or add --post_hoc_ema 0.05 0.1"
+            )
+        self.check_adapter()
+
+    def check_adapter(self) -> None:
+        """Raises UsageError when an adapter does not go with the other flags."""
+        self.adapter.check_rank()
+        section = self.precision
+        if self.adapter.lora_rank is not None and self.optim.post_hoc_ema:
+            raise UsageError(
+                "--post_hoc_ema is not --lora_rank, whose averages make no pipeline: take --use_ema"
+            )
+        if self.adapter.lora_rank is not None and section.param_dtype != "fp32":
+            raise UsageError(
+                f"--param_dtype {section.param_dtype} is not --lora_rank, whose frozen weights are "
+                "in --mixed_precision's format anyway: leave it out"
+            )
+        if self.adapter.use_dora and section.compile not in ("auto", "off"):
+            raise UsageError(
+                f"--compile {section.compile} is not --use_dora, which torch cannot trace as peft "
+                "has it: take auto"
             )

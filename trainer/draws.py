@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     CACHED_CROP = 16  # which of them
     NOISE_OFFSET = 17  # what --noise_offset adds to a channel of the noise
     INPUT_PERTURBATION = 18  # what --input_perturbation adds to the noise of the input alone
+    ADAPTER = 30  # a LoRA's first matrices; position: the layer
+    ADAPTER_DROPOUT = 31  # what it hides; the layer is in the purpose's upper half
 
 
 def draw_uniform(seed: int, purpose: Purpose, positions: Tensor, count: int = 1) -> Tensor:

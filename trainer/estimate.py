@@ -18,6 +18,7 @@ from torch.nn import ModuleList
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.weighted_mse import weighted_mse
+from .adapters import in_one_pass
 from .blank import blank_encoders, blank_unet, bytes_of
 from .config import OptimConfig, PrecisionConfig, RunConfig
 from .counting import KINDS, Work, again_as_on_gpu, at, count
@@ -27,7 +28,7 @@ from .families import SIZE_IDS, text_widths, told_beside
 from .gpus import Gpu
 from .plan import DTYPES, vae_dtype_of
 from .pretrained import Described
-from .unet import prepare_unet
+from .unet import Prepared, prepare_unet
 
 GIB = 2**30
 # Of an H100 SXM's sheet, 989 TFLOP/s and 3.35 TB/s, what one was measured to reach: 790 in a large
@@ -49,7 +50,8 @@ class Counted(NamedTuple):
 
     unet: Work
     encoders: Work | None  # of a micro-batch's pairs; None: they come from a cache
-    parameters: int  # of the UNet
+    parameters: int  # of the UNet, those that are trained; without --lora_rank all
+    weight_bytes: int  # of all of them, as the products read them
     encoder_bytes: int  # on the device; 0: they are not there
     attention_fits: bool  # heads' widths are powers of two
 
@@ -60,15 +62,17 @@ def count_run(config: RunConfig, described: Described) -> Counted:
     Raises: UsageError: the text encoder's configuration cannot be read.
     """
     dtype = DTYPES[config.precision.mixed_precision or "no"]
-    parameters = sum(p.numel() for p in blank_unet(described).parameters())
+    prepared = _prepare(config, described, dtype)
+    weight_bytes = sum(p.nbytes for p in prepared.unet.parameters())
     encoders = _encoders(config, described, dtype)
     cached, validation = config.data.cache_latents is not None, config.validation
     shows = validation.val_image_url is not None and validation.validation_prompt is not None
     stays = not cached or shows or config.data.held_out > 0  # a run from a cache only validates
     return Counted(
-        unet=_count_unet(config, described, dtype),
+        unet=_count_unet(prepared.unet, config, described, dtype),
         encoders=None if cached else _count_encoders(encoders, config, described),
-        parameters=parameters,
+        parameters=sum(p.numel() for p in prepared.parameters.values()),
+        weight_bytes=weight_bytes,
         encoder_bytes=bytes_of(encoders.vae, encoders.text_encoder) if stays else 0,
         attention_fits=all(
             (width := int(module.inner_dim // module.heads)) & (width - 1) == 0
@@ -78,16 +82,26 @@ def count_run(config: RunConfig, described: Described) -> Counted:
     )
 
 
-def _count_unet(config: RunConfig, described: Described, dtype: torch.dtype) -> Work:
-    section, side = config.precision, config.data.resolution // described.vae_factor
+def _prepare(config: RunConfig, described: Described, dtype: torch.dtype) -> Prepared:
+    section = config.precision
     prepared = prepare_unet(
         blank_unet(described),
         torch.device("meta"),
         fused=not section.plain,
         attention="sdpa",  # all keep the same for the backward
         param_dtype=section.param_dtype,
+        adapter=config.adapter,
+        dtype=dtype,
     )
-    unet: UNet2DConditionModel = prepared.unet
+    if prepared.adapter is not None:
+        in_one_pass(prepared.unet)
+    return prepared
+
+
+def _count_unet(
+    unet: UNet2DConditionModel, config: RunConfig, described: Described, dtype: torch.dtype
+) -> Work:
+    section, side = config.precision, config.data.resolution // described.vae_factor
     if section.gradient_checkpointing:
         unet.enable_gradient_checkpointing(
             partial(
@@ -157,7 +171,7 @@ def memory_bytes(counted: Counted, config: RunConfig, images: int, ranks: int) -
     sent = 2 if config.precision.all_reduce_dtype == "bf16" else 4
     sent *= sums and ranks > 1 and config.precision.cuda_graphs != "off"
     parts = {
-        "parameters": counted.parameters * (2 if halves else 4),
+        "parameters": counted.weight_bytes,
         "fp32 masters": counted.parameters * 4 * halves,
         "gradients": counted.parameters * (2 + 4 * sums if halves else 4),
         "gradients on their way": counted.parameters * sent,
@@ -279,9 +293,9 @@ def snapshot_bytes(counted: Counted, section: OptimConfig) -> int:
 
 
 def pipeline_bytes(counted: Counted, section: OptimConfig, others: int) -> int:
-    """Of the exported pipeline in fp32; with averages the raw weights are kept too.
+    """Of the exported pipeline, or adapter, in fp32; with averages the raw weights are kept too.
 
     Args:
-        others: bytes of VAE, text encoder and safety checker in fp32.
+        others: bytes of VAE, text encoder and safety checker in fp32; 0 beside an adapter.
     """
     return counted.parameters * 4 * (2 if section.use_ema else 1) + others

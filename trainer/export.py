@@ -43,6 +43,8 @@ PUSHED = [  # all that ever leaves the machine: no checkpoint, log, run.toml or 
     CARD_FILE,
     PICTURE_FILE,
     *(f"{part}/*" for part in PARTS if part != RAW_UNET),
+    "pytorch_lora_weights.safetensors",  # of an adapter
+    "conv_in.safetensors",
 ]
 
 
@@ -143,6 +145,7 @@ def model_card(
     versions: Mapping[str, str],
     steps: int,
     picture: Path | None,
+    loading: str | None = None,
 ) -> None:
     """Writes README.md, the hub's model card, and the picture it shows.
 
@@ -150,6 +153,7 @@ def model_card(
         command: what was typed; secrets in it are masked.
         base, dataset: hub names, or local folders, whose last names head the card.
         picture: PNG of edits; copied.
+        loading: Python that makes `pipeline`, where the folder is none.
     """
     local_base, local_dataset = Path(base).exists(), Path(dataset).exists()
     about = ModelCardData(
@@ -163,14 +167,14 @@ def model_card(
     )
     if picture is not None:
         shutil.copyfile(picture, folder / PICTURE_FILE)
-    base, dataset = (Path(n).resolve().name if Path(n).exists() else n for n in (base, dataset))
+    name, pipeline = folder.resolve().name, family.pipeline.__name__
     card = CARD.format(
         about=about.to_yaml(),
-        name=folder.resolve().name,
-        base=base,
-        dataset=dataset,
+        name=name,
+        loading=(loading or LOADING.format(name=name, pipeline=pipeline)).rstrip(),
+        base=public_name(base),
+        dataset=public_name(dataset),
         steps=steps,
-        pipeline=family.pipeline.__name__,
         picture=f"![Edits: input, edit, truth]({PICTURE_FILE})\n\n" if picture else "",
         command=without_secrets(command),
         versions=_table("package", versions),
@@ -190,12 +194,7 @@ Edits images from instructions: {base}, trained as InstructPix2Pix on {dataset} 
 {picture}## Use
 
 ```python
-import torch
-from diffusers import {pipeline}
-from diffusers.utils import load_image
-
-model = "{name}"  # this folder, or its name on the hub
-pipeline = {pipeline}.from_pretrained(model).to("cuda")
+{loading}
 image = load_image("input.png")
 edited = pipeline(
     "turn it into a painting",
@@ -220,6 +219,21 @@ edited.save("edited.png")
 
 The weights carry the licence of the model they were trained from, and its limits of use.
 """
+
+
+LOADING = """\
+import torch
+from diffusers import {pipeline}
+from diffusers.utils import load_image
+
+model = "{name}"  # this folder, or its name on the hub
+pipeline = {pipeline}.from_pretrained(model).to("cuda")
+"""
+
+
+def public_name(name: str) -> str:
+    """A hub's name as it is, of a local folder its last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _table(heading: str, values: Mapping[str, Any]) -> str:

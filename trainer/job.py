@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .adapters import load_trained
 from .cache import CachedBatch, CachedPairs
 from .captured import Captured, Update
 from .compiled import check_gradients, compile_unet
@@ -40,7 +41,7 @@ class Job:
         config, device = plan.config, world.device
         self.plan, self.world = plan, world
         self.kernels_run = device.type == "cuda" and not config.precision.plain
-        self.unet, self.masters, self.fused = prepared = prepare_unet(
+        self.unet, self.masters, self.fused, self.adapter = prepared = prepare_unet(
             load_unet(config.model),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
@@ -48,6 +49,9 @@ class Job:
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
             sums=not self.kernels_run or config.sums_gradients(world.size),
+            adapter=config.adapter,
+            dtype=plan.dtype,
+            seed=config.loop.seed,
         )
         self.tokenize = make_tokenize(plan.described.tokenizers)
         self.cached = cached
@@ -63,8 +67,9 @@ class Job:
             config.loop.seed,
             plan.dtype,
         )
+        self.training_loss = self.adapter.drawing(self.loss_fn) if self.adapter else self.loss_fn
         self.aside = SideStream(device)  # what it works with is on the device by now
-        named = prepared.parameters
+        self.named = named = prepared.parameters
         self.ema = None
         if config.optim.use_ema:
             publish = None if self.masters is None else self.masters.publish
@@ -94,14 +99,15 @@ class Job:
     def _compile(self, parts: Compile) -> None:
         """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
         if parts == "auto":
-            parts = "blocks" if self.kernels_run else "off"
+            dora = self.plan.config.adapter.use_dora  # which cannot be traced
+            parts = "blocks" if self.kernels_run and not dora else "off"
         if parts == "off":
             return
         buckets = self.plan.used_buckets
         compile_unet(self.unet, parts, len(buckets))
         for bucket in buckets:
             blank = self._blank(bucket)
-            check_gradients(self.unet, self.loss_fn, blank, self.plan.dtype, parts)
+            check_gradients(self.unet, self.training_loss, blank, self.plan.dtype, parts)
 
     def _empty_text(self) -> Text:
         """The encoding of ""."""
@@ -122,7 +128,7 @@ class Job:
         update = partial(
             train_step,
             self._data_parallel(),
-            self.loss_fn,
+            self.training_loss,
             self.optimizer,
             self.loss_scale,
             self.world,
@@ -144,6 +150,7 @@ class Job:
             device_ids=[self.world.local_rank] if on_gpu else None,
             bucket_cap_mb=self.plan.config.loop.bucket_mb,
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they never change
             static_graph=True,
         )
         if self.masters is not None:
@@ -153,7 +160,7 @@ class Job:
             model.register_comm_hook(None, reduce_in_bf16(self.world.size))
         blank = self._blank(self.plan.used_buckets[0])
         for _ in range(2):  # a static graph is learned in the first, its buckets in the second
-            discarded_step(model, blank, self.loss_fn, self.optimizer)
+            discarded_step(model, blank, self.training_loss, self.optimizer)
         return model
 
     def samples(self, window: Sequence[PixelBatch | CachedBatch]) -> list[Samples]:
@@ -188,9 +195,8 @@ class Job:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint keeps of it, by part and name."""
-        unet = self.unet.state_dict() if self.masters is None else self.masters.named
         parts = {
-            "unet": {name: weights.detach() for name, weights in unet.items()},
+            "unet": {name: weights.detach() for name, weights in self.named.items()},
             "optimizer": self.optimizer.state(),
         }
         parts |= {} if self.ema is None else {"ema": self.ema.averages}
@@ -206,7 +212,10 @@ class Job:
 
     def load_tensors(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Takes what `tensors` gave."""
-        (self.masters or self.unet).load_state_dict(parts["unet"])
+        if self.adapter is not None:
+            load_trained(self.unet, parts["unet"])
+        else:
+            (self.masters or self.unet).load_state_dict(parts["unet"])
         self.optimizer.load_state(parts["optimizer"])
         if self.ema is not None:
             self.ema.load_state(parts["ema"])

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..kernels.attention_choice import LEAST_CAPABILITY
 from . import checkpoint
+from .adapter_files import LORA_FILE
+from .adapters import check_peft
 from .buckets import Buckets, Size, find_buckets, square
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
 from .data import Order, split_rows
@@ -89,7 +91,7 @@ class Plan:
         return [
             f"model      {self.config.model.pretrained_model_name_or_path}, "
             f"{self.described.family.name}, "
-            f"{self.described.unet['in_channels']} input channels",
+            f"{self.described.unet['in_channels']} input channels" + _adapter(self.config),
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
@@ -100,6 +102,14 @@ class Plan:
             f"output     {self.output}"
             + (f", going on from {self.resume.name}" if self.resume else ""),
         ]
+
+
+def _adapter(config: RunConfig) -> str:
+    section = config.adapter
+    if section.lora_rank is None:
+        return ""
+    kind = "DoRA" if section.use_dora else "LoRA"
+    return f"; a {kind} of rank {section.lora_rank} and conv_in are trained"
 
 
 def make_plan(config: RunConfig, world: World) -> Plan:
@@ -115,12 +125,12 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     _check_output(config.output)
     if config.optim.use_8bit_adam:
         check_8bit(world.device.type)
+    if config.adapter.lora_rank is not None:
+        check_peft()
     global_batch = config.loop.global_batch(world.size)
     resume, passed_over = _find_checkpoint(config, global_batch)
 
-    described = describe(config.model)
-    scheduler = trained_scheduler(described.scheduler, config.diffusion)
-    described = described._replace(scheduler=scheduler)
+    described = describe_trained(config)
     check_resolution(config.data.resolution, described)
     check_vae(config, described)
     rows = open_rows(config.data, config.model.cache_dir)
@@ -156,6 +166,16 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     )
 
 
+def describe_trained(config: RunConfig) -> Described:
+    """The pipeline, with the scheduler that the run trains and exports.
+
+    Raises: UsageError, as of `describe` and `trained_scheduler`.
+    """
+    described = describe(config.model)
+    scheduler = trained_scheduler(described.scheduler, config.diffusion)
+    return described._replace(scheduler=scheduler)
+
+
 def told_sizes(sizes: Sequence[Size]) -> str:
     """ "3: 128x64, 64x64, 64x128"."""
     return f"{len(sizes)}: {', '.join(f'{size.width}x{size.height}' for size in sizes)}"
@@ -176,7 +196,8 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            (output / "model_index.json").unlink(missing_ok=True)
+            for name in ("model_index.json", LORA_FILE):
+                (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
             for name in ("validation", SNAPSHOTS, plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)

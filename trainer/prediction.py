@@ -54,7 +54,9 @@ class Prediction:
         self.largest = self._largest(config)
         self.times_ms = step_ms(self.counted, config, gpu, ranks)
         vae, text_encoder = blank_encoders(config.model, described)
-        others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
+        others = 0
+        if config.adapter.lora_rank is None:
+            others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
         self.pipeline = pipeline_bytes(self.counted, config.optim, others)
         self.checkpoint = checkpoint_bytes(self.counted, config.optim)
         self.snapshot = snapshot_bytes(self.counted, config.optim)
@@ -94,7 +96,7 @@ class Prediction:
         return pairs * self.shape.pair_bytes, (pairs + 1) * self.shape.text_bytes
 
     def _count(self, config: RunConfig) -> Counted:
-        counted_by = config.data, config.validation, config.precision
+        counted_by = config.data, config.validation, config.precision, config.adapter
         if counted_by not in self._counts:
             self._counts[counted_by] = count_run(config, self.described)
         return self._counts[counted_by]
@@ -173,7 +175,8 @@ def _savings(config: RunConfig) -> Iterator[tuple[str, str, Change]]:
     if not precision.gradient_checkpointing:
         flag = "--gradient_checkpointing"
         yield "activations", flag, replaced("precision", gradient_checkpointing=True)
-    if precision.mixed_precision == "bf16" and precision.param_dtype == "fp32":
+    adapts = config.adapter.lora_rank is not None
+    if precision.mixed_precision == "bf16" and precision.param_dtype == "fp32" and not adapts:
         flag = "--param_dtype bf16"
         yield "parameters", flag, replaced("precision", param_dtype="bf16")
     if not optim.use_8bit_adam and optim.adam_moments_dtype == "fp32":

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
+from .adapter_files import loading, save_adapter
+from .adapters import evaluating
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -16,14 +18,14 @@ from .checkpoint import Checkpoint
 from .compiled import eager
 from .config import RunConfig
 from .errors import UsageError
-from .export import check_push, load_safety, model_card, push, save_pipeline
+from .export import check_push, model_card, push, save_pipeline
+from .exporting import components
 from .job import Job
 from .log import RunLog
 from .meter import Meter
 from .optim import schedule
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
-from .pretrained import load_encoders
 from .sample import build_pipeline
 from .settings import flat
 from .step import Rates
@@ -149,13 +151,14 @@ class Run:
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
-                        with eager():  # its shapes are others
+                        with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
                     if keeps:  # before the checkpoint, from which a run does not come back to it
                         self.save_snapshot()
                     if saves:
                         self.save()
-            log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
+            what = "pipeline" if job.adapter is None else "adapter"
+            log.note(f"trained to step {self.step}: writing the {what} to {plan.output}")
             self.export(newest_picture(self.pictures, self.step))
             log.note(f"done: {plan.output}")
             return True
@@ -192,9 +195,14 @@ class Run:
                 "loss_scale": scale.scale.item(),
                 "good_steps": scale.good_steps.item(),
                 "settings": flat(self.plan.config),
-                "versions": versions(),
+                "versions": self._versions(),
             },
         )
+
+    def _versions(self) -> dict[str, str]:
+        """Of the packages that decide what a run computes."""
+        names = (*VERSIONS, "peft") if self.job.adapter is not None else VERSIONS
+        return {name: version(name) for name in names}
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
@@ -204,8 +212,31 @@ class Run:
 
     def _export(self, picture: Path | None) -> None:
         plan, config, job = self.plan, self.plan.config, self.job
-        vae, text_encoder = load_encoders(config.model)  # ours may be rounded to half precision
-        described = plan.described
+        family, lines = plan.described.family, None
+        if job.adapter is not None:
+            averages = None if job.ema is None else job.ema.averages
+            raw = None if averages is None else job.named
+            lines = loading(plan.output, family, config.model)
+            save_adapter(plan.output, family, job.unet, job.adapter, averages or job.named, raw)
+        else:
+            self._export_pipeline()
+        model_card(
+            plan.output,
+            family=family,
+            command=self.command,
+            settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
+            base=str(config.model.pretrained_model_name_or_path),
+            dataset=str(config.data.dataset_name or config.data.train_data_dir),
+            versions=self._versions(),
+            steps=self.step,
+            picture=picture,
+            loading=lines,
+        )
+        if config.output.push_to_hub:
+            push(config.output, f"fusedit: step {self.step}")
+
+    def _export_pipeline(self) -> None:
+        plan, job = self.plan, self.job
         with (
             job.ema.in_place() if job.ema is not None else nullcontext(),
             job.masters.in_place() if job.masters is not None else nullcontext(),
@@ -213,28 +244,12 @@ class Run:
             save_pipeline(
                 plan.output,
                 unet=job.unet,
-                family=described.family,
-                zero_null=described.zero_null,
-                components={
-                    **described.components(vae, text_encoder),
-                    **load_safety(config.model, torch.float32),
-                },
+                family=plan.described.family,
+                zero_null=plan.described.zero_null,
+                components=components(plan.config.model, plan.described),
                 raw_weights=job.ema.averages if job.ema is not None else None,  # exchanged
                 dtype=torch.float32,
             )
-        model_card(
-            plan.output,
-            family=plan.described.family,
-            command=self.command,
-            settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
-            base=str(config.model.pretrained_model_name_or_path),
-            dataset=str(config.data.dataset_name or config.data.train_data_dir),
-            versions=versions(),
-            steps=self.step,
-            picture=picture,
-        )
-        if config.output.push_to_hub:
-            push(config.output, f"fusedit: step {self.step}")
 
     # Parts that only the loop needs.
 
@@ -282,8 +297,3 @@ class Run:
             self.plan.total_steps,
             self.step,
         )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    return {name: version(name) for name in VERSIONS}

@@ -85,6 +85,8 @@ class TrialRun:
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
             sums=not fused or config.sums_gradients(self.world.size),
+            adapter=config.adapter,
+            dtype=self.dtype,
         )
         named, masters = self.prepared.parameters, self.prepared.masters
         ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
@@ -103,7 +105,9 @@ class TrialRun:
             torch.zeros(1, pooled_width, **options),
         )
         rates = config.conditioning.rates
-        self.loss = EditLoss(diffusion, rates, self.null_text, config.loop.seed, self.dtype)
+        loss = EditLoss(diffusion, rates, self.null_text, config.loop.seed, self.dtype)
+        adapter = self.prepared.adapter
+        self.loss = loss if adapter is None else adapter.drawing(loss)
         self.encoders = None
         if config.data.cache_latents is None:
             vae, text_encoder = blank_encoders(config.model, described)

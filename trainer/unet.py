@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.unet import fuse
-from .config import Format
+from .adapters import Adapter, attach
+from .config import AdapterConfig, Format
 from .errors import UsageError
 from .masters import Masters
 
@@ -46,11 +47,14 @@ class Prepared(NamedTuple):
     unet: UNet2DConditionModel
     masters: Masters | None  # what the optimizer moves, where the UNet's own weights are bf16
     fused: list[str]  # lines for the log: what was fused, and each thing that was not
+    adapter: Adapter | None = None  # with which all that is not in `parameters` is frozen
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name: fp32."""
-        return dict(self.unet.named_parameters()) if self.masters is None else self.masters.named
+        if self.masters is not None:
+            return self.masters.named
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
 
 
 def prepare_unet(
@@ -62,24 +66,32 @@ def prepare_unet(
     attention: str = "auto",
     param_dtype: Format = "fp32",
     sums: bool = True,
+    adapter: AdapterConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Prepared:
-    """Moves a UNet to the device, every parameter trainable, channels_last where that is faster.
+    """Moves a UNet to the device, trainable as a whole, channels_last where that is faster.
 
     Args:
         fused: puts the kernels of `kernels/unet.py` in the place of its norms, gates and attention.
         attention: which, as `kernels/unet.py` takes it.
         param_dtype: of its weights; bf16 ones are copies of fp32 masters.
         sums: of `Masters`.
+        adapter: with --lora_rank it and conv_in are trainable alone; param_dtype is fp32.
+        dtype: of the UNet's products.
+        seed: of the adapter's draws.
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
-        # Nothing in it draws random numbers, and a CUDA graph could not keep a generator's state.
+        # Nothing in it draws from a generator, and a CUDA graph could not keep a generator's state.
         unet.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         )
     if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
         unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+    attached = None  # then, not before: peft's DoRA takes no channels_last convolutions of its own
+    if adapter is not None and adapter.lora_rank is not None:
+        attached = attach(unet, adapter, dtype, seed)
     masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
-    return Prepared(
-        unet, masters, str(fuse(unet, attention=attention)).splitlines() if fused else []
-    )
+    lines = str(fuse(unet, attention=attention)).splitlines() if fused else []
+    return Prepared(unet, masters, lines, attached)

@@ -41,7 +41,7 @@ def gradients(
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     grow_conv_in(unet, "base")
-    unet, _, lines = prepare_unet(
+    unet, _, lines, _ = prepare_unet(
         unet, torch.device(device), fused=fused, attention="triton", param_dtype=param_dtype
     )
     assert ("time embedding + GroupNorm + SiLU" in str(lines)) == fused

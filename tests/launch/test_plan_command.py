@@ -31,7 +31,7 @@ def here(inputs, counts, monkeypatch):
     """Beside the inputs; what was counted once is not counted again, for it takes a second."""
 
     def count_once(config, described):
-        key = config.model, config.data, config.precision
+        key = config.model, config.data, config.precision, config.adapter
         if key not in counts:
             counts[key] = estimate.count_run(config, described)
         return counts[key]
@@ -120,6 +120,17 @@ def test_fewer_rows_are_trained_on(capsys):
     facts = _facts(capsys, train_batch_size=4, max_train_samples=9, held_out=5)
     assert facts["steps"] == 3 * 3
     assert facts["cache_bytes"] == 9 * 3 * 4 * 8 * 8 * 2 + 10 * 16 * 16 * 2
+
+
+def test_an_adapter_is_counted_and_its_flags_are_checked(capsys):
+    whole, adapter = _facts(capsys), _facts(capsys, "--use_ema", lora_rank=2)
+    assert adapter["checkpoint_bytes"] < 0.3 * whole["checkpoint_bytes"]
+    trained = adapter["memory_bytes"]["moments"] // 8
+    assert adapter["checkpoint_bytes"] == 16 * trained
+    assert adapter["pipeline_bytes"] == 8 * trained
+    for data in ("data", None):
+        told = _mistake(capsys, lora_alpha=3, train_data_dir=data, max_train_steps=2)
+        assert told == "fusedit: --lora_alpha 3.0 needs --lora_rank; or leave it out\n"
 
 
 def test_its_help_tells_its_own_flags_too(capsys):

@@ -9,15 +9,18 @@ from recorder import record
 from tiny import save_tiny_pipeline
 
 from fusedit.trainer.captured import Captured, record_graph
+from fusedit.trainer.config import AdapterConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.step import Rates
 
+ADAPTER = AdapterConfig(lora_rank=2, lora_dropout=0.5)
 SETTINGS = [
     {},
     {"fp16": True},
     {"param_dtype": "bf16"},
     {"gradient_checkpointing": True},
     OPTIONS,
+    {"adapter": ADAPTER, "gradient_checkpointing": True},
 ]
 STEPS, EAGER_STEPS = 6, 2
 

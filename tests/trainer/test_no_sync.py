@@ -10,6 +10,8 @@ from jobs import OPTIONS, Job
 from tiny import save_tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedit.trainer.config import AdapterConfig
+
 aten = torch.ops.aten
 WAITS = {  # whose result Python sees, or whose shape depends on values
     aten._local_scalar_dense.default,
@@ -32,7 +34,14 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-SETTINGS = [{}, {"param_dtype": "bf16"}, {"gradient_checkpointing": True}, OPTIONS]
+ADAPTER = AdapterConfig(lora_rank=2, lora_dropout=0.5)
+SETTINGS = [
+    {},
+    {"param_dtype": "bf16"},
+    {"gradient_checkpointing": True},
+    OPTIONS,
+    {"adapter": ADAPTER, "gradient_checkpointing": True},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
