@@ -22,9 +22,9 @@ INSTALLED = (*MAY_IMPORT, "fusedit")
 # Each module of trainer imports only those before it.
 TRAINER = [
     "errors", "files", "config", "settings", "world", "draws", "images", "rows", "data", "windows",
-    "encoders", "diffusion", "conditioning", "loss", "masters", "unet", "compiled", "pretrained",
-    "ema", "optim", "step", "captured", "checkpoint", "cache_key", "cache_files", "cache_remote",
-    "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "validate", "evaluate",
+    "encoders", "diffusion", "conditioning", "loss", "masters", "sharding", "unet", "compiled",
+    "pretrained", "ema", "optim", "step", "captured", "checkpoint", "sharded_checkpoint",
+    "cache_key", "cache_files", "cache_remote", "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "validate", "evaluate",
     "plan", "caching", "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

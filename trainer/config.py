@@ -15,6 +15,7 @@ LrScheduler = Literal[
 ]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Format = Literal["fp32", "bf16"]
+Sharding = Literal["ddp", "fsdp", "hsdp"]
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -222,6 +223,7 @@ class PrecisionConfig:
     )
     param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
     all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
+    sharding: Sharding = "ddp"  # ours: fsdp: the UNet in parts over all ranks; hsdp: of a machine
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
@@ -240,6 +242,16 @@ class PrecisionConfig:
             raise UsageError(f"--compile {self.compile} is not --plain: leave out one")
         if self.plain and self.cuda_graphs == "on":
             raise UsageError("--cuda_graphs on is not --plain: leave out one")
+        if self.sharding != "ddp" and self.cuda_graphs == "on":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --cuda_graphs on, which cannot hold its gathers: "
+                "take --cuda_graphs auto"
+            )
+        if self.sharding != "ddp" and self.compile == "whole":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --compile whole, for a block is gathered when "
+                "it runs: take --compile blocks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """What a run trains and trains with: UNet, loss, optimizer, averages, and its update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -17,9 +18,10 @@ from .ema import Ema
 from .encoders import Encoders, Samples, SideStream
 from .loss import EditLoss
 from .masters import reduce_in_bf16
-from .optim import make_optimizer
+from .optim import MOMENTS, make_optimizer
 from .plan import Plan
 from .pretrained import load_encoders, load_unet
+from .sharding import Shards, compile_blocks, make_mesh, whole_unet
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .world import World
@@ -37,6 +39,9 @@ class Job:
     def __init__(self, plan: Plan, world: World, cached: CachedPairs | None) -> None:
         config, device = plan.config, world.device
         self.plan, self.world = plan, world
+        # Here: all ranks make it together, and nothing has failed yet on one of them.
+        sharding = config.precision.sharding
+        mesh = make_mesh(sharding, world) if sharding != "ddp" and world.size > 1 else None
         self.kernels_run = device.type == "cuda" and not config.precision.plain
         self.unet, self.masters, self.fused = prepared = prepare_unet(
             load_unet(config.model),
@@ -46,7 +51,17 @@ class Job:
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
             sums=not self.kernels_run or config.sums_gradients(world.size),
+            sharded=mesh is not None,
         )
+        self.shards = None
+        if mesh is not None:
+            section = config.precision
+            self.shards = Shards(
+                self.unet,
+                mesh,
+                param_dtype=MOMENTS[section.param_dtype],
+                reduce_dtype=MOMENTS[section.all_reduce_dtype],
+            )
         self.tokenize = make_tokenize(plan.described.tokenizer)
         self.cached = cached
         self.loss_fn = EditLoss(
@@ -59,7 +74,7 @@ class Job:
             plan.dtype,
         )
         self.aside = SideStream(device)  # what it works with is on the device by now
-        named = prepared.parameters
+        named = prepared.parameters if self.shards is None else self.shards.named
         self.ema = None
         if config.optim.use_ema:
             publish = None if self.masters is None else self.masters.publish
@@ -70,7 +85,8 @@ class Job:
             self.ema,
             self.masters,
             fused=self.kernels_run,
-            seed=config.loop.seed,
+            seed=config.loop.seed if self.shards is None else self.shards.seed(config.loop.seed),
+            shards=self.shards,
         )
         self.loss_scale = LossScale(plan.dtype is torch.float16, device)
         self.pairs = EditPairs(
@@ -81,7 +97,8 @@ class Job:
             plan.global_batch,
             self.tokenize,
         )
-        self._compile(config.precision.compile)
+        if self.shards is None:
+            self._compile(config.precision.compile)
 
     def _compile(self, parts: Compile) -> None:
         """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
@@ -89,7 +106,10 @@ class Job:
             parts = "blocks" if self.kernels_run else "off"
         if parts == "off":
             return
-        compile_unet(self.unet, parts)
+        if self.shards is None:
+            compile_unet(self.unet, parts)
+        else:
+            compile_blocks(self.unet)
         check_gradients(self.unet, self.loss_fn, self._blank(), self.plan.dtype, parts)
 
     def _blank(self) -> Samples:
@@ -101,6 +121,10 @@ class Job:
     def update(self) -> Update:
         """What the loop calls for each window: one by one, or as a CUDA graph."""
         config, section = self.plan.config, self.plan.config.precision
+        if self.shards is not None:
+            # Only now: ranks gather for it, which all of them have come to. They fail alike.
+            with self.world.together():
+                self._compile(section.compile)
         update = partial(
             train_step,
             self._data_parallel(),
@@ -112,13 +136,19 @@ class Job:
             max_grad_norm=config.optim.max_grad_norm,
         )
         wanted = section.cuda_graphs == "on" or (
-            section.cuda_graphs == "auto" and self.kernels_run and not self.optimizer.eight_bit
+            section.cuda_graphs == "auto"
+            and self.kernels_run
+            and not self.optimizer.eight_bit
+            and self.shards is None
         )
         return Captured(update, self.world.together) if wanted else update
 
     def _data_parallel(self) -> nn.Module:
-        """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled."""
-        if self.world.size == 1:
+        """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled.
+
+        A sharded one needs no wrapper, and no discarded backward: its sums have one order.
+        """
+        if self.world.size == 1 or self.shards is not None:
             return self.unet
         section, on_gpu = self.plan.config.precision, self.world.device.type == "cuda"
         model = DistributedDataParallel(
@@ -167,8 +197,9 @@ class Job:
         return self.pairs if self.cached is None else self.cached
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part and name."""
-        unet = self.unet.state_dict() if self.masters is None else self.masters.named
+        """All that a checkpoint keeps of it, by part and name; of what is sharded, this rank's."""
+        holder = self.masters or self.shards
+        unet = self.unet.state_dict() if holder is None else holder.named
         parts = {
             "unet": {name: weights.detach() for name, weights in unet.items()},
             "optimizer": self.optimizer.state(),
@@ -177,7 +208,27 @@ class Job:
 
     def load_tensors(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Takes what `tensors` gave."""
-        (self.masters or self.unet).load_state_dict(parts["unet"])
+        (self.masters or self.shards or self.unet).load_state_dict(parts["unet"])
         self.optimizer.load_state(parts["optimizer"])
         if self.ema is not None:
             self.ema.load_state(parts["ema"])
+
+    @contextmanager
+    def exported(self) -> Iterator[tuple[nn.Module, dict[str, Tensor] | None]]:
+        """The UNet to export and, where it holds averages, its raw weights. All ranks enter.
+
+        Of a sharded one, rank 0 is given all of it on the CPU, and the others nothing.
+        """
+        averages = None if self.ema is None else self.ema.averages
+        if self.shards is None:
+            with (
+                self.ema.in_place() if self.ema is not None else nullcontext(),
+                self.masters.in_place() if self.masters is not None else nullcontext(),
+            ):
+                yield self.unet, averages  # exchanged
+            return
+        main = self.world.is_main
+        raw = self.shards.gather(self.shards.named, keeps=main)
+        weights = raw if averages is None else self.shards.gather(averages, keeps=main)
+        unet = whole_unet(self.unet, weights) if main else self.unet
+        yield unet, None if averages is None else raw

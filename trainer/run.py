@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, sharded_checkpoint
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -58,6 +58,9 @@ def train(
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
     world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    if plan.config.precision.sharding == "hsdp":
+        cure = "give each as many, or take --sharding fsdp"
+        world.check_same({"numbers of ranks of their machine": world.local_size}, cure)
     set_numerics(plan.config.precision)
     cached = None
     if plan.config.data.cache_latents is not None:
@@ -85,11 +88,11 @@ class Run:
         self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
         if plan.resume:
-            resumed = checkpoint.read(plan.resume)
-            self.step = resumed.state["step"]
-            self.job.load_tensors(resumed.tensors)
-            self.job.loss_scale.scale.fill_(resumed.state["loss_scale"])
-            self.job.loss_scale.good_steps.fill_(resumed.state["good_steps"])
+            state = checkpoint.read_state(plan.resume)
+            self.step = state["step"]
+            self.job.load_tensors(sharded_checkpoint.read(plan.resume, self.job.shards))
+            self.job.loss_scale.scale.fill_(state["loss_scale"])
+            self.job.loss_scale.good_steps.fill_(state["good_steps"])
 
     # The loop.
 
@@ -156,10 +159,14 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint of this step; all ranks wait for it."""
+        root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
+        if self.job.shards is not None:
+            made = self._state()
+            sharded_checkpoint.save(root, self.step, made, keep, self.job.shards, self.world)
+            return
         with self.world.together():
             if self.world.is_main:
-                keep = self.plan.config.output.checkpoints_total_limit
-                checkpoint.save(self.plan.output, self.step, self._state(), keep)
+                checkpoint.save(root, self.step, self._state(), keep)
 
     def _state(self) -> Checkpoint:
         scale = self.job.loss_scale
@@ -178,30 +185,28 @@ class Run:
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
-        with self.world.together():
+        with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
-                self._export(picture)
+                self._export(unet, raw_weights, picture)
 
-    def _export(self, picture: Path | None) -> None:
-        plan, config, job = self.plan, self.plan.config, self.job
+    def _export(
+        self, unet: nn.Module, raw_weights: dict[str, Tensor] | None, picture: Path | None
+    ) -> None:
+        plan, config = self.plan, self.plan.config
         vae, text_encoder = load_encoders(config.model)  # ours may be rounded to half precision
-        with (
-            job.ema.in_place() if job.ema is not None else nullcontext(),
-            job.masters.in_place() if job.masters is not None else nullcontext(),
-        ):
-            save_pipeline(
-                plan.output,
-                unet=job.unet,
-                components={
-                    "vae": vae,
-                    "text_encoder": text_encoder,
-                    "tokenizer": plan.described.tokenizer,
-                    "scheduler": plan.described.make_scheduler(),
-                    **load_safety(config.model, torch.float32),
-                },
-                raw_weights=job.ema.averages if job.ema is not None else None,  # exchanged
-                dtype=torch.float32,
-            )
+        save_pipeline(
+            plan.output,
+            unet=unet,
+            components={
+                "vae": vae,
+                "text_encoder": text_encoder,
+                "tokenizer": plan.described.tokenizer,
+                "scheduler": plan.described.make_scheduler(),
+                **load_safety(config.model, torch.float32),
+            },
+            raw_weights=raw_weights,
+            dtype=torch.float32,
+        )
         model_card(
             plan.output,
             command=self.command,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.unet import fuse
@@ -62,6 +62,7 @@ def prepare_unet(
     attention: str = "auto",
     param_dtype: Format = "fp32",
     sums: bool = True,
+    sharded: bool = False,
 ) -> Prepared:
     """Moves a UNet to the device, every parameter trainable, channels_last where that is faster.
 
@@ -70,6 +71,7 @@ def prepare_unet(
         attention: which, as `kernels/unet.py` takes it.
         param_dtype: of its weights; bf16 ones are copies of fp32 masters.
         sums: of `Masters`.
+        sharded: it will be: weights stay contiguous, as FSDP2 wants them, and fp32 without masters.
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
@@ -78,8 +80,15 @@ def prepare_unet(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         )
     if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
-        unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
-    masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
+        if sharded:  # from the first convolution on, the input's format is that of all activations
+            unet.conv_in.register_forward_pre_hook(_channels_last)
+        else:
+            unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+    masters = Masters(unet, sums=sums) if param_dtype == "bf16" and not sharded else None
     return Prepared(
         unet, masters, str(fuse(unet, attention=attention)).splitlines() if fused else []
     )
+
+
+def _channels_last(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+    return given[0].contiguous(memory_format=torch.channels_last)
