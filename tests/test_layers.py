@@ -24,8 +24,9 @@ TRAINER = [
     "errors", "files", "config", "settings", "world", "draws", "images", "rows", "data", "windows",
     "encoders", "diffusion", "conditioning", "loss", "masters", "sharding", "unet", "compiled",
     "pretrained", "ema", "optim", "step", "captured", "checkpoint", "sharded_checkpoint",
-    "cache_key", "cache_files", "cache_remote", "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "validate", "evaluate",
-    "plan", "caching", "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "run",
+    "cache_key", "cache_files", "cache_remote", "cache_build", "cache", "trackers", "log", "meter",
+    "sample", "export", "validate", "evaluate", "plan", "caching", "gpus", "blank", "counting",
+    "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {"torch.load", "torch.save", "trust_remote_code", "eval", "exec"}

@@ -223,7 +223,7 @@ class PrecisionConfig:
     )
     param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
     all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
-    sharding: Sharding = "ddp"  # ours: fsdp: the UNet in parts over all ranks; hsdp: of a machine
+    sharding: Sharding = "ddp"  # ours: parts of the UNet on all ranks; hsdp: of a machine
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
@@ -244,13 +244,13 @@ class PrecisionConfig:
             raise UsageError("--cuda_graphs on is not --plain: leave out one")
         if self.sharding != "ddp" and self.cuda_graphs == "on":
             raise UsageError(
-                f"--sharding {self.sharding} is not --cuda_graphs on, which cannot hold its gathers: "
+                f"--sharding {self.sharding} is not --cuda_graphs on: its gathers are not captured; "
                 "take --cuda_graphs auto"
             )
         if self.sharding != "ddp" and self.compile == "whole":
             raise UsageError(
-                f"--sharding {self.sharding} is not --compile whole, for a block is gathered when "
-                "it runs: take --compile blocks"
+                f"--sharding {self.sharding} is not --compile whole: a block is gathered when it "
+                "runs; take --compile blocks"
             )
 
 
@@ -325,6 +325,10 @@ class RunConfig:
         """Whether --param_dtype bf16 on a GPU needs fp32 sums beside its bf16 gradients."""
         several = ranks * self.loop.gradient_accumulation_steps > 1
         return several or self.precision.plain or self.optim.use_8bit_adam
+
+    def parts(self, ranks: int) -> int:
+        """Over how many of a machine's ranks parameters and all that goes with them are divided."""
+        return 1 if self.precision.sharding == "ddp" else ranks
 
     def check_complete(self) -> None:
         """Raises UsageError when what has no default was not given, or flags do not go together.

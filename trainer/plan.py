@@ -138,7 +138,7 @@ def _sharding_notes(section: PrecisionConfig, world: World) -> list[str]:
     if section.sharding == "hsdp" and world.local_size == 1:
         raise UsageError(f"{flag} shares inside a machine, which has 1 rank: take --sharding fsdp")
     if world.device.type == "cuda" and not section.plain and section.cuda_graphs == "auto":
-        return [f"{flag}: without CUDA graphs, which cannot hold its gathers"]
+        return [f"{flag}: without CUDA graphs, which do not capture its gathers"]
     return []
 
 
