@@ -244,7 +244,7 @@ class PrecisionConfig:
             raise UsageError("--cuda_graphs on is not --plain: leave out one")
         if self.sharding != "ddp" and self.cuda_graphs == "on":
             raise UsageError(
-                f"--sharding {self.sharding} is not --cuda_graphs on: its gathers are not captured; "
+                f"--sharding {self.sharding} is not --cuda_graphs on: gathers are not captured; "
                 "take --cuda_graphs auto"
             )
         if self.sharding != "ddp" and self.compile == "whole":
