@@ -70,7 +70,12 @@ class Plan:
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
-            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks",
+            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks"
+            + (
+                ""
+                if self.config.precision.sharding == "ddp"
+                else f", {self.config.precision.sharding}"
+            ),
             f"length     {self.total_steps} steps, {self.steps_per_epoch} an epoch",
             f"precision  {self.config.precision.mixed_precision} on {world.device.type}",
             f"output     {self.output}"

@@ -7,13 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import free_port
+from tiny import TEXT_WIDTH, save_tiny_pipeline
 from torch import multiprocessing, nn
 
-from fusedit.trainer.config import OptimConfig, PrecisionConfig, RunConfig
+from fusedit.trainer.config import ModelConfig, OptimConfig, PrecisionConfig, RunConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.plan import _sharding_notes, check_precision
-from fusedit.trainer.sharding import Shards, make_mesh
+from fusedit.trainer.pretrained import load_unet
+from fusedit.trainer.sharding import Shards, compile_blocks, make_mesh
 from fusedit.trainer.step import no_all_reduce
+from fusedit.trainer.unet import prepare_unet
 from fusedit.trainer.world import World
 
 MICRO_STEPS = 3
@@ -81,6 +84,47 @@ def _rank(rank, size, port, kind):
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4)])
 def test_ranks_have_parts_of_what_one_rank_has(kind, ranks):
     multiprocessing.spawn(_rank, (ranks, free_port(), kind), nprocs=ranks)
+
+
+def _unet_rank(rank, size, port, base):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    section, device = ModelConfig(pretrained_model_name_or_path=base), torch.device("cpu")
+    alone = prepare_unet(load_unet(section), device, fused=False).unet
+    unet = prepare_unet(load_unet(section), device, fused=True, sharded=True).unet
+    shards = Shards(unet, make_mesh("fsdp", World(rank=rank, size=size)))
+    formats = []
+    unet.conv_out.register_forward_pre_hook(
+        lambda _, given: formats.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    torch.manual_seed(0)
+    given = torch.randn(size, 8, 8, 8), torch.arange(size), torch.randn(size, 4, TEXT_WIDTH)
+    truth = torch.randn(size, 4, 8, 8)
+
+    def backward(model, rows):
+        latents, timesteps, text = (one[rows] for one in given)
+        answer = model(latents, timesteps, text, return_dict=False)[0]
+        (answer - truth[rows]).square().mean().backward()
+
+    backward(alone, slice(None))
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(unet, backend="aot_eager")
+        shards.zero_grad()
+        backward(unet, slice(rank, rank + 1))
+        shards.take_gradients(last=True)
+        found = shards.gather({name: p.grad for name, p in shards.named.items()}, keeps=True)
+        for name, parameter in alone.named_parameters():
+            error = (found[name] - parameter.grad).norm()
+            assert error < 1e-4 * parameter.grad.norm() + 1e-6, name
+    assert formats == [True, True]
+    dist.destroy_process_group()
+
+
+def test_fused_and_compiled_blocks_meet_gathered_parameters(tmp_path):
+    base = save_tiny_pipeline(tmp_path)
+    multiprocessing.spawn(_unet_rank, (2, free_port(), str(base)), nprocs=2)
 
 
 @pytest.mark.parametrize(
