@@ -47,7 +47,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
     final = root / f"checkpoint-{step}"
     if is_there(final):
         return final
-    with writing(final) as partial:
+    with removed_if_it_fails(final) as partial, disk_errors(final):
         begin(partial)
         for stem, tensors in checkpoint.tensors.items():
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -68,16 +68,23 @@ def is_there(final: Path) -> bool:
 
 
 @contextmanager
-def writing(final: Path) -> Iterator[Path]:
-    """Gives the hidden folder that becomes `final`; a failure removes it.
-
-    Raises: UsageError: for the failures of a disk.
-    """
+def removed_if_it_fails(final: Path, *, removes: bool = True) -> Iterator[Path]:
+    """Gives the hidden folder that becomes `final`."""
     partial = final.with_name(f".{final.name}.partial")
     try:
         yield partial
+    except UsageError:
+        if removes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def disk_errors(final: Path) -> Iterator[None]:
+    """Raises UsageError: for what a disk refuses inside."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise cannot_write(final, error) from None
 
 

@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, disk_errors
 from .sharding import Shards
 from .world import World
 
@@ -38,23 +39,25 @@ def save(
     Raises: UsageError, on all ranks alike.
     """
     final = root / f"checkpoint-{step}"
-    there = False
-    with world.together(), checkpoint.writing(final) as partial:
-        if world.is_main and not (there := checkpoint.is_there(final)):
-            checkpoint.begin(partial)
-    if world.highest(there):
-        return
-    with world.together(), checkpoint.writing(final):
-        _write(partial, made.tensors, shards)
-    files = {}
-    with world.together(), checkpoint.writing(final):
-        files = checkpoint.fingerprints(partial, f"shard-{world.rank + 1:05}-*.safetensors")
-    everyones = world.texts(json.dumps(files))
-    with world.together(), checkpoint.writing(final):
-        if world.is_main:
-            files = {name: found for text in everyones for name, found in json.loads(text).items()}
-            checkpoint.finish(final, step, made.state, files)
-            checkpoint.delete_older(root, step, keep)
+    # Removed by one rank, when all of them know: they might still be writing.
+    with checkpoint.removed_if_it_fails(final, removes=world.is_main) as partial:
+        there = False
+        with world.together(), disk_errors(final):
+            if world.is_main and not (there := checkpoint.is_there(final)):
+                checkpoint.begin(partial)
+        if world.highest(there):
+            return
+        with world.together(), disk_errors(final):
+            _write(partial, made.tensors, shards)
+        mine: dict[str, Any] = {}
+        with world.together(), disk_errors(final):
+            mine = checkpoint.fingerprints(partial, f"shard-{world.rank + 1:05}-*.safetensors")
+        everyones = [json.loads(text) for text in world.texts(json.dumps(mine))]
+        with world.together(), disk_errors(final):
+            if world.is_main:
+                files = {name: found for one in everyones for name, found in one.items()}
+                checkpoint.finish(final, step, made.state, files)
+                checkpoint.delete_older(root, step, keep)
 
 
 def read(folder: Path, shards: Shards | None) -> dict[str, dict[str, Tensor]]:

@@ -61,7 +61,7 @@ class Shards:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: nn.Module,
         mesh: DeviceMesh,
         *,
         param_dtype: torch.dtype = torch.float32,
