@@ -36,6 +36,8 @@ class Job:
     Raises: UsageError: what was asked for cannot be compiled, or the model cannot be read.
     """
 
+    shards: Shards | None = None  # of the UNet, where --sharding divides it
+
     def __init__(self, plan: Plan, world: World, cached: CachedPairs | None) -> None:
         config, device = plan.config, world.device
         self.plan, self.world = plan, world
@@ -53,7 +55,6 @@ class Job:
             sums=not self.kernels_run or config.sums_gradients(world.size),
             sharded=mesh is not None,
         )
-        self.shards = None
         if mesh is not None:
             section = config.precision
             self.shards = Shards(
