@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
         check_resolution(config.data.resolution, described)
         plan = Prediction(config, described, gpu, ranks, data_of(config))
         tried = None
-        if asked.gpu is None and torch.cuda.is_available():
+        # One GPU cannot try what several share.
+        if asked.gpu is None and torch.cuda.is_available() and config.parts(ranks) == 1:
             set_numerics(config.precision)
             tried = largest_tried(
                 lambda: TrialRun(config, described, torch.device("cuda", 0)).update

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.tensor import DTensor
 
 from .encoders import Samples
 from .errors import UsageError
@@ -109,6 +110,11 @@ def differing(
 def _gradients(unet: nn.Module, loss_fn, samples: Samples) -> dict[str, Tensor]:
     parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     loss_fn(unet, samples).backward()
-    grads = {name: cast(Tensor, p.grad).clone() for name, p in parameters.items()}
+    grads = {name: _own(cast(Tensor, p.grad)).clone() for name, p in parameters.items()}
     unet.zero_grad(set_to_none=True)
     return grads
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """All of it, or the part that this rank has of a sharded one."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -18,6 +18,7 @@ Format = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
 POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
 LONGEST_EMA = 12**-0.5  # relative standard deviation of the plain mean over all steps
+Sharding = Literal["ddp", "fsdp", "hsdp"]
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -362,6 +363,7 @@ class PrecisionConfig:
     )
     param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
     all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
+    sharding: Sharding = "ddp"  # ours: parts of the UNet on all ranks; hsdp: of a machine
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
@@ -380,6 +382,16 @@ class PrecisionConfig:
             raise UsageError(f"--compile {self.compile} is not --plain: leave out one")
         if self.plain and self.cuda_graphs == "on":
             raise UsageError("--cuda_graphs on is not --plain: leave out one")
+        if self.sharding != "ddp" and self.cuda_graphs == "on":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --cuda_graphs on: gathers are not captured; "
+                "take --cuda_graphs auto"
+            )
+        if self.sharding != "ddp" and self.compile == "whole":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --compile whole: a block is gathered when it "
+                "runs; take --compile blocks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -458,6 +470,10 @@ class RunConfig:
         several = ranks * self.loop.gradient_accumulation_steps > 1
         return several or self.precision.plain or self.optim.use_8bit_adam
 
+    def parts(self, ranks: int) -> int:
+        """Over how many of a machine's ranks parameters and all that goes with them are divided."""
+        return 1 if self.precision.sharding == "ddp" else ranks
+
     def check_complete(self) -> None:
         """Raises UsageError when what has no default was not given, or flags do not go together.
 
@@ -490,6 +506,17 @@ class RunConfig:
         """Raises UsageError when an adapter does not go with the other flags."""
         self.adapter.check_rank()
         section = self.precision
+        sharding = self.precision.sharding
+        if self.adapter.lora_rank is not None and sharding != "ddp":
+            raise UsageError(
+                f"--sharding {sharding} is not --lora_rank, whose trained weights are few: leave "
+                "out one"
+            )
+        if self.optim.post_hoc_ema and sharding != "ddp":
+            raise UsageError(
+                f"--sharding {sharding} is not --post_hoc_ema, whose snapshots are whole: leave "
+                "out one"
+            )
         if self.adapter.lora_rank is not None and self.optim.post_hoc_ema:
             raise UsageError(
                 "--post_hoc_ema is not --lora_rank, whose averages make no pipeline: take --use_ema"

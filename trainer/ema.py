@@ -55,8 +55,11 @@ class Averages:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        # By value: a sharded module, and whoever knows an address, finds them where they were.
         for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+            raw = parameter.clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(raw)
         if self.publish is not None:
             self.publish()
 

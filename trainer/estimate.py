@@ -4,7 +4,8 @@ Bytes and FLOPs are counted op by op on the run's own UNet and encoders (`counti
 mode with the fused ops, or without them for --plain. An op takes the longer of its FLOPs at a rate
 and its bytes at another. The rates are estimated, not measured, as is all that follows from them:
 GPU by its vendor's sheet (`gpus.py`), times what an H100 was seen to reach of its own, times the
-shares below. Ranks are taken to tell each other their gradients within the backward.
+shares below. Ranks are taken to tell each other their gradients within the backward, and where
+parameters are sharded to gather them beside the block before.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from torch.nn import ModuleList
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.weighted_mse import weighted_mse
@@ -28,6 +29,7 @@ from .families import SIZE_IDS, text_widths, told_beside
 from .gpus import Gpu
 from .plan import DTYPES, vae_dtype_of
 from .pretrained import Described
+from .sharding import units
 from .unet import Prepared, prepare_unet
 
 GIB = 2**30
@@ -54,6 +56,7 @@ class Counted(NamedTuple):
     weight_bytes: int  # of all of them, as the products read them
     encoder_bytes: int  # on the device; 0: they are not there
     attention_fits: bool  # heads' widths are powers of two
+    block: int  # parameters gathered at once where they are sharded: the most, and the UNet's own
 
 
 def count_run(config: RunConfig, described: Described) -> Counted:
@@ -79,7 +82,18 @@ def count_run(config: RunConfig, described: Described) -> Counted:
             for module in blank_unet(described).modules()
             if isinstance(module, Attention)
         ),
+        block=_largest_block(blank_unet(described)),
     )
+
+
+def _largest_block(unet: UNet2DConditionModel) -> int:
+    taken: set[nn.Parameter] = set()
+    sizes = []
+    for module in (*units(unet), unet):
+        own = {*module.parameters()} - taken
+        taken |= own
+        sizes.append(sum(p.numel() for p in own))
+    return max(sizes[:-1]) + sizes[-1]
 
 
 def _prepare(config: RunConfig, described: Described, dtype: torch.dtype) -> Prepared:
@@ -153,7 +167,7 @@ def _count_encoders(encoders: Encoders, config: RunConfig, described: Described)
         size_ids, weights = torch.empty(images, SIZE_IDS), torch.empty(images)
         encoders.encode(PixelBatch(pixels, pixels, tokens, size_ids, tokens[:, 0], weights, ()))
 
-    return count(ModuleList((encoders.vae, encoders.text_encoder)), run)
+    return count(nn.ModuleList((encoders.vae, encoders.text_encoder)), run)
 
 
 # Memory.
@@ -165,20 +179,27 @@ def memory_bytes(counted: Counted, config: RunConfig, images: int, ranks: int) -
     Args:
         images: of a micro-batch.
     """
-    halves = config.precision.param_dtype == "bf16"
+    shared, in_bf16 = config.parts(ranks), config.precision.param_dtype == "bf16"
+    own = counted.parameters / shared  # of whose weights this GPU has the fp32 values
+    halves = in_bf16 and shared == 1
     sums = halves and config.sums_gradients(ranks)  # beside the gradients of the copies
     # What is sent by the masters' hook is not given back while a graph lives.
     sent = 2 if config.precision.all_reduce_dtype == "bf16" else 4
     sent *= sums and ranks > 1 and config.precision.cuda_graphs != "off"
     parts = {
-        "parameters": counted.weight_bytes,
-        "fp32 masters": counted.parameters * 4 * halves,
-        "gradients": counted.parameters * (2 + 4 * sums if halves else 4),
-        "gradients on their way": counted.parameters * sent,
-        "moments": counted.parameters * moment_bytes(config.optim),
-        "averages (EMA)": counted.parameters * 4 * config.optim.averages,
+        "parameters": counted.weight_bytes if shared == 1 else own * 4,
+        "fp32 masters": own * 4 * halves,
+        "gradients": own * (2 + 4 * sums if halves else 4),
+        "gradients on their way": own * sent,
+        "moments": own * moment_bytes(config.optim),
+        "averages (EMA)": own * 4 * config.optim.averages,
         "VAE and text encoder": counted.encoder_bytes,
     }
+    if shared > 1:
+        # A block and the next one as they arrive and as they are used, and the one's gradients, of
+        # which a copy is on its way.
+        copied = 2 if config.precision.all_reduce_dtype == "bf16" else 4
+        parts["gathered blocks"] = counted.block * (4 * (2 if in_bf16 else 4) + copied)
     # Copies are of no micro-batch's size: autocast's of the weights, or gradients of bf16 ones.
     copies, activations = counted.unet.peak(images)
     comes_and_goes = {"low-precision copies": copies, "activations": activations}
@@ -237,7 +258,8 @@ def step_ms(counted: Counted, config: RunConfig, gpu: Gpu, ranks: int) -> dict[s
     parts = {kind: micro_steps * time for kind, time in parts_s(counted.unet).items()}
     if counted.encoders is not None:
         parts["encoders"] = micro_steps * sum(parts_s(counted.encoders).values())
-    parts["optimizer"] = counted.parameters * _optimizer_bytes(config, ranks) / copied
+    own = counted.parameters / config.parts(ranks)
+    parts["optimizer"] = own * _optimizer_bytes(config, ranks) / copied
     return {kind: 1e3 * time for kind, time in parts.items()}
 
 
@@ -266,7 +288,8 @@ def _optimizer_bytes(config: RunConfig, ranks: int) -> float:
     """Moved for each parameter by clipping, AdamW, averages and the zeroing of gradients."""
     optim, section = config.optim, config.precision
     read_and_written = 4 + moment_bytes(optim) + 4 * optim.averages
-    halves, sums = section.param_dtype == "bf16", config.sums_gradients(ranks)
+    halves = section.param_dtype == "bf16" and config.parts(ranks) == 1
+    sums = config.sums_gradients(ranks)
     gradient = 2 if halves and not sums else 4  # read for its norm and for its step
     moved = 2 * read_and_written + 3 * gradient + 2 * halves
     if halves and sums:  # each micro-step's gradient to the masters'

@@ -1,6 +1,7 @@
 """What a run trains and trains with: UNet, loss, optimizer, averages, and its update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -19,10 +20,11 @@ from .encoders import Encoders, Samples, SideStream
 from .families import Text
 from .loss import EditLoss
 from .masters import reduce_in_bf16
-from .optim import make_optimizer
+from .optim import MOMENTS, make_optimizer
 from .plan import Plan
 from .power_ema import PowerEma, part_of
 from .pretrained import load_encoders, load_unet
+from .sharding import Shards, compile_blocks, make_mesh, whole_unet
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .world import World
@@ -37,9 +39,14 @@ class Job:
     Raises: UsageError: what was asked for cannot be compiled, or the model cannot be read.
     """
 
+    shards: Shards | None = None  # of the UNet, where --sharding divides it
+
     def __init__(self, plan: Plan, world: World, cached: CachedPairs | None) -> None:
         config, device = plan.config, world.device
         self.plan, self.world = plan, world
+        # Here: all ranks make it together, and nothing has failed yet on one of them.
+        sharding = config.precision.sharding
+        mesh = make_mesh(sharding, world) if sharding != "ddp" and world.size > 1 else None
         self.kernels_run = device.type == "cuda" and not config.precision.plain
         self.unet, self.masters, self.fused, self.adapter = prepared = prepare_unet(
             load_unet(config.model),
@@ -52,7 +59,16 @@ class Job:
             adapter=config.adapter,
             dtype=plan.dtype,
             seed=config.loop.seed,
+            sharded=mesh is not None,
         )
+        if mesh is not None:
+            section = config.precision
+            self.shards = Shards(
+                self.unet,
+                mesh,
+                param_dtype=MOMENTS[section.param_dtype],
+                reduce_dtype=MOMENTS[section.all_reduce_dtype],
+            )
         self.tokenize = make_tokenize(plan.described.tokenizers)
         self.cached = cached
         self.loss_fn = EditLoss(
@@ -69,7 +85,7 @@ class Job:
         )
         self.training_loss = self.adapter.drawing(self.loss_fn) if self.adapter else self.loss_fn
         self.aside = SideStream(device)  # what it works with is on the device by now
-        self.named = named = prepared.parameters
+        self.named = named = prepared.parameters if self.shards is None else self.shards.named
         self.ema = None
         if config.optim.use_ema:
             publish = None if self.masters is None else self.masters.publish
@@ -81,8 +97,9 @@ class Job:
             self.ema,
             self.masters,
             fused=self.kernels_run,
-            seed=config.loop.seed,
+            seed=config.loop.seed if self.shards is None else self.shards.seed(config.loop.seed),
             kept=list(self.kept.values()),
+            shards=self.shards,
         )
         self.loss_scale = LossScale(plan.dtype is torch.float16, device)
         self.pairs = EditPairs(
@@ -94,7 +111,8 @@ class Job:
             self.tokenize,
             plan.buckets,
         )
-        self._compile(config.precision.compile)
+        if self.shards is None:
+            self._compile(config.precision.compile)
 
     def _compile(self, parts: Compile) -> None:
         """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
@@ -104,7 +122,10 @@ class Job:
         if parts == "off":
             return
         buckets = self.plan.used_buckets
-        compile_unet(self.unet, parts, len(buckets))
+        if self.shards is None:
+            compile_unet(self.unet, parts, len(buckets))
+        else:
+            compile_blocks(self.unet)
         for bucket in buckets:
             blank = self._blank(bucket)
             check_gradients(self.unet, self.training_loss, blank, self.plan.dtype, parts)
@@ -125,6 +146,10 @@ class Job:
     def update(self) -> Update:
         """What the loop calls for each window: one by one, or as a CUDA graph."""
         config, section = self.plan.config, self.plan.config.precision
+        if self.shards is not None:
+            # Only now: ranks gather for it, which all of them have come to. They fail alike.
+            with self.world.together():
+                self._compile(section.compile)
         update = partial(
             train_step,
             self._data_parallel(),
@@ -136,13 +161,19 @@ class Job:
             max_grad_norm=config.optim.max_grad_norm,
         )
         wanted = section.cuda_graphs == "on" or (
-            section.cuda_graphs == "auto" and self.kernels_run and not self.optimizer.eight_bit
+            section.cuda_graphs == "auto"
+            and self.kernels_run
+            and not self.optimizer.eight_bit
+            and self.shards is None
         )
         return Captured(update, self.world.together) if wanted else update
 
     def _data_parallel(self) -> nn.Module:
-        """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled."""
-        if self.world.size == 1:
+        """The UNet as the loop calls it: with several ranks, in DDP with its buckets settled.
+
+        A sharded one needs no wrapper, and no discarded backward: its sums have one order.
+        """
+        if self.world.size == 1 or self.shards is not None:
             return self.unet
         section, on_gpu = self.plan.config.precision, self.world.device.type == "cuda"
         model = DistributedDataParallel(
@@ -194,7 +225,7 @@ class Job:
         return self.pairs if self.cached is None else self.cached
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint keeps of it, by part and name."""
+        """All that a checkpoint keeps of it, by part and name; of what is sharded, this rank's."""
         parts = {
             "unet": {name: weights.detach() for name, weights in self.named.items()},
             "optimizer": self.optimizer.state(),
@@ -215,9 +246,29 @@ class Job:
         if self.adapter is not None:
             load_trained(self.unet, parts["unet"])
         else:
-            (self.masters or self.unet).load_state_dict(parts["unet"])
+            (self.masters or self.shards or self.unet).load_state_dict(parts["unet"])
         self.optimizer.load_state(parts["optimizer"])
         if self.ema is not None:
             self.ema.load_state(parts["ema"])
         for length, kept in self.kept.items():
             kept.load_state(parts[part_of(length)])
+
+    @contextmanager
+    def exported(self) -> Iterator[tuple[nn.Module, dict[str, Tensor] | None]]:
+        """The UNet to export and, where it holds averages, its raw weights. All ranks enter.
+
+        Of a sharded one, rank 0 is given all of it on the CPU, and the others nothing.
+        """
+        averages = None if self.ema is None else self.ema.averages
+        if self.shards is None:
+            with (
+                self.ema.in_place() if self.ema is not None else nullcontext(),
+                self.masters.in_place() if self.masters is not None else nullcontext(),
+            ):
+                yield self.unet, averages  # exchanged
+            return
+        main = self.world.is_main
+        raw = self.shards.gather(self.shards.named, keeps=main)
+        weights = raw if averages is None else self.shards.gather(averages, keeps=main)
+        unet = whole_unet(self.unet, weights) if main else self.unet
+        yield unet, None if averages is None else raw

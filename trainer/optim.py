@@ -13,6 +13,7 @@ from .draws import Purpose
 from .ema import Averages, Ema
 from .errors import UsageError
 from .masters import Masters, gradients
+from .sharding import Shards
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -53,6 +54,7 @@ def make_optimizer(
     fused: bool,
     seed: int = 0,
     kept: Sequence[Averages] = (),
+    shards: Shards | None = None,
 ) -> "AdamW":
     """The one-pass kernel where fused ops or bf16 moments are wanted; else PyTorch's.
 
@@ -60,9 +62,10 @@ def make_optimizer(
         named: what is moved: the masters where there are some.
         seed: of the rounding of bf16 moments.
         kept: more averages of the same parameters.
+        shards: whose parts are moved, where the parameters are sharded.
     """
     one_pass = section.adam_moments_dtype == "bf16" or (fused and not section.use_8bit_adam)
-    return (OnePass if one_pass else AdamW)(named, section, ema, masters, seed, kept)
+    return (OnePass if one_pass else AdamW)(named, section, ema, masters, seed, kept, shards)
 
 
 class AdamW:
@@ -74,6 +77,7 @@ class AdamW:
         ema: averages of the same parameters, moved with them.
         masters: whose copies are written after each update.
         kept: more averages; `update` takes a weight for each, that of `ema` first.
+        shards: whose parts the parameters are.
 
     Raises: UsageError: 8-bit moments were asked for where bitsandbytes cannot serve them.
     """
@@ -86,8 +90,10 @@ class AdamW:
         masters: Masters | None = None,
         seed: int = 0,
         kept: Sequence[Averages] = (),
+        shards: Shards | None = None,
     ) -> None:
         self.parameters, self.ema, self.masters = dict(named), ema, masters
+        self.shards = shards
         self.averages: list[Averages] = [*([] if ema is None else [ema]), *kept]
         self.moments_dtype, self.seed = section.adam_moments_dtype, seed
         self.eight_bit = section.use_8bit_adam
@@ -117,9 +123,15 @@ class AdamW:
         """
         if self.masters is not None:
             self.masters.take_gradients(last=last)
+        if self.shards is not None:
+            self.shards.take_gradients(last=last)
 
     def grad_norm(self) -> Tensor:
-        """[] fp32, the L2 norm of all gradients as they lie."""
+        """[] fp32, the L2 norm of all gradients as they lie; with sharding, of all ranks."""
+        own = self._own_norm()
+        return own if self.shards is None else self.shards.norm(own)
+
+    def _own_norm(self) -> Tensor:
         return nn.utils.get_total_norm(gradients(self.parameters))
 
     def update(self, lr: Tensor, ema_weights: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
@@ -153,6 +165,9 @@ class AdamW:
         # Not to None: DDP's buckets hold the gradients, and a graph finds them where they were.
         if self.masters is not None:
             self.masters.zero_grad()
+            return
+        if self.shards is not None:
+            self.shards.zero_grad()
             return
         if grads := gradients(self.parameters):
             torch._foreach_zero_(grads)
@@ -198,7 +213,7 @@ class OnePass(AdamW):
         self.current: Current | None = None  # found by grad_norm, for update
         return self.one_pass
 
-    def grad_norm(self) -> Tensor:
+    def _own_norm(self) -> Tensor:
         self.current = self.one_pass.current()
         return self.one_pass.grad_norm(self.current)
 

@@ -95,7 +95,12 @@ class Plan:
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
-            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks",
+            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks"
+            + (
+                ""
+                if self.config.precision.sharding == "ddp"
+                else f", {self.config.precision.sharding}"
+            ),
             f"length     {self.total_steps} steps, {self.steps_per_epoch} an epoch",
             *([] if len(used) == 1 else [f"buckets    {told_sizes(used)}"]),
             f"precision  {self.config.precision.mixed_precision} on {world.device.type}",
@@ -121,6 +126,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     asked = config.data.cache_latents
     config = _with_machine_defaults(config, world)
     notes = _notes(config, asked, on_gpu=world.device.type == "cuda")
+    notes += _sharding_notes(config.precision, world)
     check_trackers(config.output.trackers)
     _check_output(config.output)
     if config.optim.use_8bit_adam:
@@ -179,6 +185,25 @@ def describe_trained(config: RunConfig) -> Described:
 def told_sizes(sizes: Sequence[Size]) -> str:
     """ "3: 128x64, 64x64, 64x128"."""
     return f"{len(sizes)}: {', '.join(f'{size.width}x{size.height}' for size in sizes)}"
+
+
+def _sharding_notes(section: PrecisionConfig, world: World) -> list[str]:
+    """Raises UsageError where machines cannot each hold the whole."""
+    flag = f"--sharding {section.sharding}"
+    if section.sharding == "ddp":
+        return []
+    if world.size == 1:
+        return [f"{flag}: one rank has nobody to share with; it keeps all"]
+    if section.sharding == "hsdp" and world.size % world.local_size:
+        raise UsageError(
+            f"{flag} needs machines of as many ranks each, here {world.local_size} of "
+            f"{world.size}: take --sharding fsdp"
+        )
+    if section.sharding == "hsdp" and world.local_size == 1:
+        raise UsageError(f"{flag} shares inside a machine, which has 1 rank: take --sharding fsdp")
+    if world.device.type == "cuda" and not section.plain and section.cuda_graphs == "auto":
+        return [f"{flag}: without CUDA graphs, which do not capture its gathers"]
+    return []
 
 
 def set_numerics(section: PrecisionConfig) -> None:
@@ -242,6 +267,11 @@ def check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
     if section.param_dtype == "bf16" and precision != "bf16":
         raise UsageError(
             f"--param_dtype bf16 needs --mixed_precision bf16, got {precision}; or leave it out"
+        )
+    if section.sharding != "ddp" and config.optim.use_8bit_adam:
+        raise UsageError(
+            f"--sharding {section.sharding} is not --use_8bit_adam, whose blocks do not end where "
+            "parts do: take --adam_moments_dtype bf16"
         )
     if section.cuda_graphs == "on" and not on_gpu:
         raise UsageError("--cuda_graphs on needs a GPU; on a CPU take auto")

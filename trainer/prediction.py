@@ -136,7 +136,7 @@ class Prediction:
             return "it fits as it is"
         helping = [_cut(self.config, self.largest)] if self.largest else []
         flags, config = {}, self.config
-        for what, flag, change in _savings(self.config):
+        for what, flag, change in _savings(self.config, self.ranks):
             flags[what], config = flag, change(config)  # of two for the same, the stronger
             if self._largest(change(self.config)) >= self.batch:
                 helping.append(flag)
@@ -159,7 +159,7 @@ def _cut(config: RunConfig, most: int) -> str:
     return f"--train_batch_size {images} --gradient_accumulation_steps {whole // images}"
 
 
-def _savings(config: RunConfig) -> Iterator[tuple[str, str, Change]]:
+def _savings(config: RunConfig, ranks: int) -> Iterator[tuple[str, str, Change]]:
     """What memory is saved of, by a flag that is not given, and what it makes of a run."""
 
     def replaced(section: str, **values: Any) -> Change:
@@ -182,5 +182,10 @@ def _savings(config: RunConfig) -> Iterator[tuple[str, str, Change]]:
     if not optim.use_8bit_adam and optim.adam_moments_dtype == "fp32":
         flag = "--adam_moments_dtype bf16"
         yield "moments", flag, replaced("optim", adam_moments_dtype="bf16")
+    if optim.use_8bit_adam or precision.sharding != "ddp":
+        return  # not both
+    if ranks > 1 and precision.cuda_graphs != "on" and precision.compile != "whole":
+        yield "states", "--sharding fsdp", replaced("precision", sharding="fsdp")
+    elif optim.adam_moments_dtype == "fp32":
         eight = replaced("optim", use_8bit_adam=True, adam_moments_dtype="fp32")
         yield "moments", "--use_8bit_adam", eight

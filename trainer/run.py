@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, sharded_checkpoint
 from .adapter_files import loading, save_adapter
 from .adapters import evaluating
 from .cache import CachedPairs
@@ -61,6 +62,9 @@ def train(
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
     world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    if plan.config.precision.sharding == "hsdp":
+        cure = "give each as many, or take --sharding fsdp"
+        world.check_same({"numbers of ranks of their machine": world.local_size}, cure)
     set_numerics(plan.config.precision)
     cached = None
     if plan.config.data.cache_latents is not None:
@@ -88,11 +92,11 @@ class Run:
         self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
         if plan.resume:
-            resumed = checkpoint.read(plan.resume)
-            self.step = resumed.state["step"]
-            self.job.load_tensors(resumed.tensors)
-            self.job.loss_scale.scale.fill_(resumed.state["loss_scale"])
-            self.job.loss_scale.good_steps.fill_(resumed.state["good_steps"])
+            state = checkpoint.read_state(plan.resume)
+            self.step = state["step"]
+            self.job.load_tensors(sharded_checkpoint.read(plan.resume, self.job.shards))
+            self.job.loss_scale.scale.fill_(state["loss_scale"])
+            self.job.loss_scale.good_steps.fill_(state["good_steps"])
 
     # The loop.
 
@@ -171,10 +175,14 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint of this step; all ranks wait for it."""
+        root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
+        if self.job.shards is not None:
+            made = self._state()
+            sharded_checkpoint.save(root, self.step, made, keep, self.job.shards, self.world)
+            return
         with self.world.together():
             if self.world.is_main:
-                keep = self.plan.config.output.checkpoints_total_limit
-                checkpoint.save(self.plan.output, self.step, self._state(), keep)
+                checkpoint.save(root, self.step, self._state(), keep)
 
     def save_snapshot(self) -> None:
         """Writes the averages of --post_hoc_ema; all ranks wait for it."""
@@ -206,20 +214,28 @@ class Run:
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
-        with self.world.together():
+        with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
-                self._export(picture)
+                self._export(unet, raw_weights, picture)
 
-    def _export(self, picture: Path | None) -> None:
-        plan, config, job = self.plan, self.plan.config, self.job
+    def _export(
+        self, unet: Any, raw_weights: dict[str, Tensor] | None, picture: Path | None
+    ) -> None:
+        plan, config, adapter = self.plan, self.plan.config, self.job.adapter
         family, lines = plan.described.family, None
-        if job.adapter is not None:
-            averages = None if job.ema is None else job.ema.averages
-            raw = None if averages is None else job.named
+        if adapter is not None:
             lines = loading(plan.output, family, config.model)
-            save_adapter(plan.output, family, job.unet, job.adapter, averages or job.named, raw)
+            save_adapter(plan.output, family, unet, adapter, self.job.named, raw_weights)
         else:
-            self._export_pipeline()
+            save_pipeline(
+                plan.output,
+                unet=unet,
+                family=family,
+                zero_null=plan.described.zero_null,
+                components=components(config.model, plan.described),
+                raw_weights=raw_weights,
+                dtype=torch.float32,
+            )
         model_card(
             plan.output,
             family=family,
@@ -234,22 +250,6 @@ class Run:
         )
         if config.output.push_to_hub:
             push(config.output, f"fusedit: step {self.step}")
-
-    def _export_pipeline(self) -> None:
-        plan, job = self.plan, self.job
-        with (
-            job.ema.in_place() if job.ema is not None else nullcontext(),
-            job.masters.in_place() if job.masters is not None else nullcontext(),
-        ):
-            save_pipeline(
-                plan.output,
-                unet=job.unet,
-                family=plan.described.family,
-                zero_null=plan.described.zero_null,
-                components=components(plan.config.model, plan.described),
-                raw_weights=job.ema.averages if job.ema is not None else None,  # exchanged
-                dtype=torch.float32,
-            )
 
     # Parts that only the loop needs.
 

@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",
+        "precision.sharding",
         "precision.attention",
         "precision.compile",
         "precision.cuda_graphs",

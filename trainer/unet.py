@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.unet import fuse
@@ -69,6 +69,7 @@ def prepare_unet(
     adapter: AdapterConfig | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    sharded: bool = False,
 ) -> Prepared:
     """Moves a UNet to the device, trainable as a whole, channels_last where that is faster.
 
@@ -80,6 +81,7 @@ def prepare_unet(
         adapter: with --lora_rank it and conv_in are trainable alone; param_dtype is fp32.
         dtype: of the UNet's products.
         seed: of the adapter's draws.
+        sharded: it will be: weights stay contiguous, as FSDP2 wants them, and fp32 without masters.
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
@@ -88,10 +90,17 @@ def prepare_unet(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         )
     if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
-        unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
+        if sharded:  # from the first convolution on, the input's format is that of all activations
+            unet.conv_in.register_forward_pre_hook(_channels_last)
+        else:
+            unet = unet.to(memory_format=torch.channels_last)  # pyright: ignore
     attached = None  # then, not before: peft's DoRA takes no channels_last convolutions of its own
     if adapter is not None and adapter.lora_rank is not None:
         attached = attach(unet, adapter, dtype, seed)
-    masters = Masters(unet, sums=sums) if param_dtype == "bf16" else None
+    masters = Masters(unet, sums=sums) if param_dtype == "bf16" and not sharded else None
     lines = str(fuse(unet, attention=attention)).splitlines() if fused else []
     return Prepared(unet, masters, lines, attached)
+
+
+def _channels_last(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+    return given[0].contiguous(memory_format=torch.channels_last)

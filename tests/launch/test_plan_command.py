@@ -238,6 +238,21 @@ def test_advice_when_one_flag_is_not_enough(card, capsys):
     assert taken["global_batch"] == 256
 
 
+def test_several_gpus_are_told_to_share(card, capsys):
+    two, shares = "--nproc_per_node=2", "--sharding=fsdp"
+    whole, shared = _facts(capsys, two), _facts(capsys, two, shares)
+    parts = shared["memory_bytes"]
+    for name in ("parameters", "gradients", "moments"):
+        assert 2 * parts[name] == whole["memory_bytes"][name]
+    assert 0 < parts["gathered blocks"] < whole["memory_bytes"]["parameters"] * 2
+    card((whole["memory_total_bytes"] + shared["memory_total_bytes"]) / 2 / MIB)
+    options = _facts(capsys, two, gpu="small")["advice"].split(": ")[1].split("; or ")
+    assert "--sharding fsdp" in options
+    assert "--use_8bit_adam" not in options  # not beside it
+    assert _facts(capsys, two, shares, gpu="small")["fits"]
+    assert "--sharding" not in _facts(capsys, gpu="small")["advice"]  # with whom?
+
+
 def test_no_advice_helps_a_card_of_no_size(card, capsys):
     card(100)
     assert _facts(capsys, gpu="small")["advice"].endswith("take a GPU with more memory")

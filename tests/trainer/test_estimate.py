@@ -194,6 +194,8 @@ def test_the_peak_is_what_a_real_backward_keeps(base):
         ({"param_dtype": "bf16"}, 1, 2 + 4 + 2 + 8),
         ({"param_dtype": "bf16", "loop": {"gradient_accumulation_steps": 2}}, 1, 2 + 4 + 6 + 8),
         ({"param_dtype": "bf16"}, 2, 2 + 4 + 4 + 8 + 2),
+        ({"sharding": "fsdp", "optim": {"use_ema": True}}, 4, (4 + 4 + 8 + 4) / 4),
+        ({"sharding": "hsdp", "param_dtype": "bf16"}, 2, (4 + 4 + 8) / 2),
     ],
 )
 def test_bytes_of_a_parameter(base, settings, ranks, expected):
