@@ -27,19 +27,17 @@ COMPILED_FORMS = 8  # of a code object for one size of images; PyTorch's own lim
 NAMED = 3  # parameters in a message
 
 
-def compile_unet(
-    unet: UNet2DConditionModel, parts: Parts, buckets: int = 1, backend: str = "inductor"
-) -> None:
+def allow_forms(buckets: int) -> None:
+    """Raises dynamo's limit to what so many sizes of images are compiled for, each anew."""
+    limit = COMPILED_FORMS * buckets
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+
+
+def compile_unet(unet: UNet2DConditionModel, parts: Parts, backend: str = "inductor") -> None:
     """Compiles in place: each transformer block, of which all of a kind share one, or the whole.
 
     Shapes are static; names of parameters and modules stay.
-
-    Args:
-        buckets: sizes of images that will come; each is compiled anew.
     """
-    # What one kind of block is compiled for: each level of the UNet, training or not, a bucket.
-    limit = COMPILED_FORMS * buckets
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     if parts == "blocks":
         unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, sharded_checkpoint
 from .adapter_files import MERGED, loading, save_adapter
 from .adapters import attach, load_trained, merge
 from .config import ModelConfig, RunConfig
@@ -50,15 +50,15 @@ def export_checkpoint(run: Path, out: Path | None, *, merged: bool) -> tuple[Pat
     found, passed_over = checkpoint.newest(run)
     if found is None:
         raise UsageError("; ".join([f"{run} has no whole checkpoint", *passed_over]))
-    saved = checkpoint.read(found)
-    trained, raw = saved.tensors["unet"], None
-    if "ema" in saved.tensors:
-        trained, raw = saved.tensors["ema"], trained
+    tensors, state = sharded_checkpoint.read(found, None), checkpoint.read_state(found)
+    trained, raw = tensors["unet"], None
+    if "ema" in tensors:
+        trained, raw = tensors["ema"], trained
     described = describe_trained(config)
     _write(config, described, out, trained, raw, merged=merged)
     if out.resolve() != run.resolve():
         family, as_adapter = described.family, adapts and not merged
-        _write_card(config, family, run, out, saved.state, as_adapter=as_adapter)
+        _write_card(config, family, run, out, state, as_adapter=as_adapter)
     return found, out
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .adapters import load_trained
 from .cache import CachedBatch, CachedPairs
 from .captured import Captured, Update
-from .compiled import check_gradients, compile_unet
+from .compiled import allow_forms, check_gradients, compile_unet
 from .config import Compile
 from .data import EditPairs, PixelBatch, Source, collate, make_tokenize
 from .diffusion import Diffusion
@@ -122,8 +122,9 @@ class Job:
         if parts == "off":
             return
         buckets = self.plan.used_buckets
+        allow_forms(len(buckets))
         if self.shards is None:
-            compile_unet(self.unet, parts, len(buckets))
+            compile_unet(self.unet, parts)
         else:
             compile_blocks(self.unet)
         for bucket in buckets:

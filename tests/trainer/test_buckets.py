@@ -227,7 +227,7 @@ def test_every_shape_is_compiled_and_compared(inputs, tmp_path):
         patch.setattr(
             job_module,
             "compile_unet",
-            lambda unet, parts, buckets: compile_unet(unet, parts, buckets, backend="aot_eager"),
+            lambda unet, parts: compile_unet(unet, parts, backend="aot_eager"),
         )
         patch.setattr(job_module, "check_gradients", compare)
         from fusedit.launch import train
