@@ -18,6 +18,7 @@ Format = Literal["fp32", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction"]
 POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
 LONGEST_EMA = 12**-0.5  # relative standard deviation of the plain mean over all steps
+Keeps = Literal["nothing", "attention", "products"]
 Sharding = Literal["ddp", "fsdp", "hsdp"]
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -366,6 +367,8 @@ class PrecisionConfig:
     sharding: Sharding = "ddp"  # ours: parts of the UNet on all ranks; hsdp: of a machine
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
+    checkpointing_keeps: Keeps = "nothing"  # ours: results that are not made again in the backward
+    checkpointing_levels: int | None = None  # ours: the UNet's levels, from the largest maps; all
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
     enable_xformers_memory_efficient_attention: bool = False  # no effect: see --attention
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
@@ -374,6 +377,7 @@ class PrecisionConfig:
     plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
 
     def __post_init__(self) -> None:
+        _at_least("checkpointing_levels", self.checkpointing_levels, 1)
         if self.plain and self.attention not in ("auto", "sdpa"):
             raise UsageError(
                 f"--attention {self.attention} is not --plain, which is PyTorch's: leave out one"
@@ -501,6 +505,22 @@ class RunConfig:
                 "which was not given: leave it out, or add --post_hoc_ema 0.05 0.1"
             )
         self.check_adapter()
+        self.check_checkpointing()
+
+    def check_checkpointing(self) -> None:
+        """Raises UsageError when gradient checkpointing does not go with the other flags."""
+        section = self.precision
+        for name in ("checkpointing_keeps", "checkpointing_levels"):
+            value = getattr(section, name)
+            if value not in (None, "nothing") and not section.gradient_checkpointing:
+                raise UsageError(
+                    f"--{name} {value} needs --gradient_checkpointing; or leave it out"
+                )
+        if section.checkpointing_keeps != "nothing" and section.compile not in ("auto", "off"):
+            raise UsageError(
+                f"--compile {section.compile} is not --checkpointing_keeps "
+                f"{section.checkpointing_keeps}, which must see each operation: take auto"
+            )
 
     def check_adapter(self) -> None:
         """Raises UsageError when an adapter does not go with the other flags."""

@@ -9,14 +9,12 @@ parameters are sharded to gather them beside the block before.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.weighted_mse import weighted_mse
 from .adapters import in_one_pass
@@ -29,6 +27,7 @@ from .families import SIZE_IDS, text_widths, told_beside
 from .gpus import Gpu
 from .plan import DTYPES, vae_dtype_of
 from .pretrained import Described
+from .recompute import checkpoint_blocks
 from .sharding import units
 from .unet import Prepared, prepare_unet
 
@@ -117,14 +116,8 @@ def _count_unet(
 ) -> Work:
     section, side = config.precision, config.data.resolution // described.vae_factor
     if section.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(
-            partial(
-                checkpoint,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=again_as_on_gpu,
-            )
-        )
+        keeps, levels = section.checkpointing_keeps, section.checkpointing_levels
+        checkpoint_blocks(unet, keeps, levels, again_as_on_gpu)
     width, pooled_width = text_widths(described.unet)
 
     def run(images: int) -> None:

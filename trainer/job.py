@@ -52,6 +52,8 @@ class Job:
             load_unet(config.model),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
+            checkpointing_keeps=config.precision.checkpointing_keeps,
+            checkpointing_levels=config.precision.checkpointing_levels,
             fused=self.kernels_run,
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
@@ -117,8 +119,11 @@ class Job:
     def _compile(self, parts: Compile) -> None:
         """Compiles the UNet, with proof; by the weights it starts from, also where it resumes."""
         if parts == "auto":
-            dora = self.plan.config.adapter.use_dora  # which cannot be traced
-            parts = "blocks" if self.kernels_run and not dora else "off"
+            # What cannot be traced: a DoRA, and results that are picked out operation by operation.
+            config = self.plan.config
+            keeps = config.precision.checkpointing_keeps != "nothing"
+            traced = not (config.adapter.use_dora or keeps)
+            parts = "blocks" if self.kernels_run and traced else "off"
         if parts == "off":
             return
         buckets = self.plan.used_buckets

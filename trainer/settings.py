@@ -27,6 +27,8 @@ MAY_CHANGE = frozenset(
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",
+        "precision.checkpointing_keeps",
+        "precision.checkpointing_levels",
         "precision.sharding",
         "precision.attention",
         "precision.compile",

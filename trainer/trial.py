@@ -81,6 +81,8 @@ class TrialRun:
             blank_unet(described).to_empty(device=device),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
+            checkpointing_keeps=config.precision.checkpointing_keeps,
+            checkpointing_levels=config.precision.checkpointing_levels,
             fused=fused,
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,

@@ -1,18 +1,17 @@
 """The UNet that edits: Stable Diffusion's with four more input channels for the original image."""
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.unet import fuse
 from .adapters import Adapter, attach
-from .config import AdapterConfig, Format
+from .config import AdapterConfig, Format, Keeps
 from .errors import UsageError
 from .masters import Masters
+from .recompute import checkpoint_blocks
 
 
 def grow_conv_in(unet: UNet2DConditionModel, name: str) -> None:
@@ -62,6 +61,8 @@ def prepare_unet(
     device: torch.device,
     *,
     gradient_checkpointing: bool = False,
+    checkpointing_keeps: Keeps = "nothing",
+    checkpointing_levels: int | None = None,
     fused: bool,
     attention: str = "auto",
     param_dtype: Format = "fp32",
@@ -74,6 +75,7 @@ def prepare_unet(
     """Moves a UNet to the device, trainable as a whole, channels_last where that is faster.
 
     Args:
+        checkpointing_keeps, checkpointing_levels: of `checkpoint_blocks`.
         fused: puts the kernels of `kernels/unet.py` in the place of its norms, gates and attention.
         attention: which, as `kernels/unet.py` takes it.
         param_dtype: of its weights; bf16 ones are copies of fp32 masters.
@@ -85,10 +87,7 @@ def prepare_unet(
     """
     unet = unet.to(device, torch.float32).train().requires_grad_(True)  # pyright: ignore
     if gradient_checkpointing:
-        # Nothing in it draws from a generator, and a CUDA graph could not keep a generator's state.
-        unet.enable_gradient_checkpointing(
-            partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        )
+        checkpoint_blocks(unet, checkpointing_keeps, checkpointing_levels)
     if fused or device.type == "cpu":  # a GPU's norms of PyTorch would copy to NCHW and back
         if sharded:  # from the first convolution on, the input's format is that of all activations
             unet.conv_in.register_forward_pre_hook(_channels_last)

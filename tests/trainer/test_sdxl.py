@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import POOLED_WIDTH, TEXT_WIDTH, save_tiny_inputs, save_tiny_pipeline
 
 from fusedit.launch.edit import main as edit
+from fusedit.launch.export import main as export
 from fusedit.launch.flags import parse
 from fusedit.trainer.buckets import Size
 from fusedit.trainer.config import DataConfig, ModelConfig
@@ -286,15 +287,49 @@ def test_from_a_cache_it_learns_the_same(trained, inputs, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_two_ranks_learn_the_same(trained, inputs, tmp_path):
-    more = "--train_batch_size=5", "--gradient_accumulation_steps=1"
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_ranks_learn_the_same(trained, inputs, tmp_path, sharding):
+    more = "--train_batch_size=5", "--gradient_accumulation_steps=1", f"--sharding={sharding}"
     run(2, flags(inputs, tmp_path / "run", *more), tmp_path / "log")
+    StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "run")
+    if sharding == "fsdp":  # a checkpoint in parts
+        expected, found = (
+            UNet2DConditionModel.from_pretrained(output / "unet").state_dict()
+            for output in (trained, tmp_path / "run")
+        )
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        return
     expected, found = (
         load_file(output / f"checkpoint-{STEPS}" / "unet.safetensors")
         for output in (trained, tmp_path / "run")
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_adapter_of_it_loads_by_the_cards_lines_and_merges(inputs, tmp_path):
+    output = tmp_path / "run"
+    more = "--lora_rank=2", "--learning_rate=1e-2", "--checkpointing_steps=6"
+    run(1, flags(inputs, output, *more), tmp_path / "log")
+    assert export([str(output), "--merge"]) == 0
+    card = (output / "README.md").read_text().split("```python\n")[1]
+    lines = card.split('pipeline.to("cuda")')[0]
+    lines = lines.replace('"base"', repr(str(inputs / "base")))
+    lines = lines.replace('adapter = "run"', f"adapter = {str(output)!r}")
+    names: dict = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    adapted, base = names["pipeline"], StableDiffusionXLPipeline.from_pretrained(inputs / "base")
+    assert isinstance(adapted, StableDiffusionXLInstructPix2PixPipeline)
+    merged = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(output / "merged")
+    given = torch.randn(1, 8, 8, 8), torch.tensor([500]), torch.randn(1, 16, 2 * TEXT_WIDTH)
+    beside = told_beside(torch.randn(1, POOLED_WIDTH), torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
+    with torch.no_grad():
+        ours, theirs = (p.unet(*given, added_cond_kwargs=beside).sample for p in (adapted, merged))
+        grow_conv_in(base.unet, "base")
+        before = base.unet(*given, added_cond_kwargs=beside).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (ours - before).norm() > 1e-2 * before.norm()
 
 
 # The architecture.
