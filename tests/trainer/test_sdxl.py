@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -15,6 +16,7 @@ from PIL import Image
 from ranks import run
 from safetensors.torch import load_file
 from tiny import POOLED_WIDTH, TEXT_WIDTH, save_tiny_inputs, save_tiny_pipeline
+from transformers import CLIPTextConfig
 
 from fusedit.launch.edit import main as edit
 from fusedit.launch.export import main as export
@@ -26,7 +28,9 @@ from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Encoders, Samples
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.families import Text, text_widths, told_beside
+from fusedit.trainer.gpus import gpu_named
 from fusedit.trainer.loss import EditLoss
+from fusedit.trainer.prediction import Prediction
 from fusedit.trainer.pretrained import describe, load_encoders
 from fusedit.trainer.unet import grow_conv_in
 
@@ -368,6 +372,47 @@ def test_every_shape_of_a_step(pixels):
     assert out.shape == (count, 4, side, side)
     out.sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in unet.parameters())
+
+
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """XL by its small files; no weights."""
+    folder = save_tiny_pipeline(tmp_path_factory.mktemp("xl") / "base", xl=True)
+    with torch.device("meta"):
+        UNet2DConditionModel(**XL).save_config(folder / "unet")
+        AutoencoderKL(**VAE).save_config(folder / "vae")
+    for part, width, layers in (("text_encoder", 768, 12), ("text_encoder_2", 1280, 32)):
+        settings = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+        text = CLIPTextConfig(num_hidden_layers=layers, num_attention_heads=width // 64, **settings)
+        text.save_pretrained(folder / part)
+    return folder, describe(ModelConfig(pretrained_model_name_or_path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "ranks", "more", "least"),
+    [
+        (512, 1, (), 16),
+        (1024, 1, ("--gradient_checkpointing",), 32),
+        (1024, 2, ("--sharding=fsdp", "--gradient_checkpointing"), 64),
+    ],
+)
+def test_the_plan_fits_a_card_of_80_gb(described, pixels, ranks, more, least):
+    """All of it trained, with averages, from a cache; reckoned, no GPU was at hand."""
+    folder, about = described
+    words = [f"--pretrained_model_name_or_path={folder}", f"--resolution={pixels}", *more]
+    words += ["--mixed_precision=bf16", "--param_dtype=bf16", "--adam_moments_dtype=bf16"]
+    words += ["--use_ema", "--cache_latents=cache", "--train_batch_size=1"]
+    made = Prediction(parse(words).run, about, gpu_named("h100"), ranks, None)
+    assert made.counted.parameters == 2_567_475_204
+    assert made.largest >= least
 
 
 # Mistakes.
