@@ -5,7 +5,7 @@
 #     bash benchmarks/gpu.sh results ceilings kernels
 #     bash benchmarks/gpu.sh --rehearse runs/rehearsal
 #
-#   --rehearse  runs every part, or those named, at tiny size on a CPU: shows that they go through,
+#   --rehearse runs every part, or those named, at tiny size on a CPU: shows that they go through,
 #            and measures nothing, as each record then says (rehearsal.py). OUT is its own.
 #   OUT      folder of what comes back: PART.json for each part, log.txt
 #   PART     which, in this order            [ceilings tests checks kernels optimizer tune]

@@ -93,7 +93,7 @@ class OnCpu(TorchFunctionMode):
 @contextmanager
 def standing_in(name: str, compile_backend: str = "aot_eager") -> Iterator[None]:
     """Inside, there is one GPU of this name."""
-    own_compile = torch.compile
+    own_compile: Any = torch.compile
 
     def compiled(model: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
         found = own_compile(model, **settings | {"backend": compile_backend})
