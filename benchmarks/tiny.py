@@ -21,12 +21,13 @@ import torch
 from . import harness
 from .stand_in import standing_in
 
+UPDATE = "sd15-64:2x2"
 SHAPES = ["--shapes", "sd15-64", "--batch", "1"]
 FLAGS = {
-    "update": ["--case", "sd15-64:2x2", "sd15-64:2x1", "--way", "all-lean"],
+    "update": ["--case", UPDATE, "--way", "all-lean"],
     "ledger": ["--steps", "3"],
     "data": ["--batch", "2"],
-    "scaling": ["--steps", "5", "--rounds", "1", "--batch", "2"],
+    "scaling": ["--steps", "5", "--rounds", "1"],
     "step": ["--tiny", "--rounds", "1", "--updates", "3", "--warm_up", "1"],
 }
 FREELY = 1e6  # what is allowed where a time or a rounding is judged that means nothing here
@@ -115,7 +116,7 @@ SIZES: dict[str, Callable[[Any], dict[str, object]]] = {
     },
     "checkpoint": lambda own: {"SIZES": {"demo": own.SIZES["demo"]._replace(rounds=2)}},
     "scaling": lambda own: {"BATCH": 2, "ALLOWED": FREELY},
-    "predicted": lambda own: {"PIXELS": 64},
+    "predicted": lambda own: {"PIXELS": 64, "_shape": lambda batch: UPDATE},
     "gradients": lambda own: {"EXCHANGES": 3, "EXCHANGES_WARM_UP": 1},
     "rooflines": lambda own: {"SIDE": 64, "COPY_BYTES": 2**16, "REPEATS": 2},
     "tracing": lambda own: {"SKIPPED": 1, "TRACED": 1},
@@ -145,7 +146,7 @@ def flags_of(name: str, words: Sequence[str]) -> list[str]:
     if "attention" in words:  # its kernels take no fp32
         return [*SHAPES, "--dtype", "fp16", "--without", "compile", "flex"]
     tuned = ["--op", "geglu", "--kernel", "geglu.forward"] if "--tune" in words else []
-    return [*SHAPES, "--dtype", "fp32", *tuned]
+    return [*SHAPES, "--dtype", "fp32", "--without", "compile", *tuned]
 
 
 @contextmanager
