@@ -9,7 +9,9 @@ from typing import NoReturn
 
 import torch
 
+from . import harness
 from .harness import Record, read
+from .rehearsal import REHEARSAL
 from .shapes import shapes
 
 
@@ -79,12 +81,15 @@ def existing_folder(text: str) -> Path:
 
 
 def existing_record(text: str) -> Record:
-    """What a record's file holds."""
+    """What a record's file holds; a rehearsal's is for rehearsals alone."""
     try:
-        return read(Path(text))
+        record = read(Path(text))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(f"{text!r}: {reason}; give a record's file") from None
+    if record["provenance"]["machine"]["gpu"] == REHEARSAL != harness.machine()["gpu"]:
+        raise argparse.ArgumentTypeError(f"{text!r}: made in a rehearsal; give what was measured")
+    return record
 
 
 def existing_file(text: str) -> Path:

@@ -31,7 +31,7 @@ from .timing import Timer, ceilings
 TRAINER_TESTS = ("captured", "compiled", "masters", "no_sync")
 TESTS = ("tests/kernels", *(f"tests/trainer/test_{name}.py" for name in TRAINER_TESTS))
 PYTEST_PROCESSES = 6  # each compiles the kernels it meets; compiling is most of the time
-PRESET, BATCH = "sd15-256", 2  # of the checks
+PRESET, BATCH, DTYPE = "sd15-256", 2, "bf16"  # of the checks
 BARS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of compiled against eager, over the largest
 
 
@@ -125,7 +125,7 @@ def run_checks(record: Record, flags: argparse.Namespace) -> None:
 def checked() -> Iterator[Case]:
     """The heaviest shape of each op; of attention that over text too, which has its own kernels."""
     for name in OPS:
-        every = list(cases([name], [PRESET], BATCH, "bf16"))
+        every = list(cases([name], [PRESET], BATCH, DTYPE))
         over_text = [case for case in every if getattr(case.shape, "keys", 0) == TEXT_TOKENS]
         yield from dict.fromkeys([every[0], *over_text[:1]])
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command; a part at a time, each with its own limit.
 #
-#     bash benchmarks/gpu.sh OUT [PART ...]
+#     bash benchmarks/gpu.sh [--rehearse] OUT [PART ...]
 #     bash benchmarks/gpu.sh results ceilings kernels
+#     bash benchmarks/gpu.sh --rehearse runs/rehearsal
 #
+#   --rehearse runs every part, or those named, at tiny size on a CPU: shows that they go through,
+#            and measures nothing, as each record then says (rehearsal.py). OUT is its own.
 #   OUT      folder of what comes back: PART.json for each part, log.txt
 #   PART     which, in this order            [ceilings tests checks kernels optimizer tune]
 #            Others want a call of their own: attention; update, after attention was chosen;
@@ -25,13 +28,20 @@
 # Nothing here changes a setting of the card. Exit code 1 if a part failed, 2 for a mistake above.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+rehearsing=0
+if [[ ${1:-} == --rehearse ]]; then
+  rehearsing=1 REFERENCE=${REFERENCE:-tests/benchmarks/small_script.py}
+  shift
+fi
 OUT=${1:-} PARTS="${*:2}" REFERENCE=${REFERENCE:-}
-PARTS=${PARTS:-ceilings tests checks kernels optimizer tune}
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
 KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint scaling"
 KNOWN+=" parity step"
+USUAL="ceilings tests checks kernels optimizer tune"
+((rehearsing)) && PARTS=${PARTS:-$KNOWN} || PARTS=${PARTS:-$USUAL}
+REHEARSAL="none: a rehearsal, nothing is measured" # as rehearsal.py has it
 # Attention takes ten minutes by itself; PyTorch's compiler leaves its definition as it is.
 OPS="group_norm add_group_norm layer_norm add_layer_norm geglu edit_input weighted_mse"
 ATTENTION="--op attention --shapes sd15-256,sd15-512,sd15-1024,sdxl-512,sdxl-1024 --modes graph"
@@ -50,6 +60,14 @@ done
 [[ $LIMIT_S =~ ^[1-9][0-9]*$ ]] || mistake "LIMIT_S is $LIMIT_S; give seconds, a whole number"
 command -v "$PYTHON" >/dev/null || mistake "PYTHON is $PYTHON, which is not there; give a Python"
 mkdir -p "$OUT" || mistake "OUT is $OUT, which cannot be made; give a folder"
+for folder in "$OUT" ${FROM:+"$FROM"}; do
+  for file in "$folder"/*.json; do
+    [[ -e $file ]] || continue
+    grep -q "$REHEARSAL" "$file" && of_rehearsal=1 || of_rehearsal=0
+    ((of_rehearsal == rehearsing)) ||
+      mistake "$file is there: rehearsals and measurements need a folder each"
+  done
+done
 if [[ -n $FROM ]]; then
   [[ -d $FROM ]] || mistake "FROM is $FROM, which is no folder; give an earlier OUT"
   find "$FROM" -maxdepth 1 -name '*.json' -exec cp -n -t "$OUT" {} +
@@ -96,13 +114,15 @@ run() { # run PART LIMIT_S COMMAND...: unless it is done, and no longer than is 
   esac
 }
 
-module() { # module NAME FLAGS...: the command of a part
-  printf '%s\0' "$PYTHON" -m "fusedit.benchmarks.$1" "${@:2}" --out "$OUT" "${commit[@]}"
+module() { # module NAME FLAGS...: the command of a module
+  local command=("$PYTHON" -m "fusedit.benchmarks.$1")
+  ((rehearsing)) && command=("$PYTHON" -m fusedit.benchmarks.rehearsal "$1")
+  printf '%s\0' "${command[@]}" "${@:2}"
 }
 
 part() { # part NAME LIMIT_S MODULE FLAGS...
   local command
-  mapfile -d '' -t command < <(module "${@:3}")
+  mapfile -d '' -t command < <(module "${@:3}" --out "$OUT" "${commit[@]}")
   run "$1" "$2" "${command[@]}"
 }
 
@@ -112,7 +132,7 @@ seconds() { # seconds MOST REST: for shapes, with a rest for the last one and wh
 }
 
 everything() {
-  local ops attention speed=()
+  local ops attention choose speed=()
   read -ra ops <<<"--op $OPS"
   read -ra attention <<<"$ATTENTION --only_json"
   part ceilings 60 gpu ceilings
@@ -125,8 +145,9 @@ everything() {
     --limit_s "$(seconds 420 150)"
   part attention-4 150 kernels --name attention-4 "${attention[@]}" --batch 4 \
     --without compile sdpa-efficient flex flash-attn --limit_s "$(seconds 120 35)"
-  run attention-choices 30 "$PYTHON" -m fusedit.benchmarks.choose "$OUT/attention.json" \
-    "$OUT/attention-4.json" --out "$OUT/attention-choices.json"
+  mapfile -d '' -t choose < <(module choose "$OUT/attention.json" "$OUT/attention-4.json" \
+    --out "$OUT/attention-choices.json")
+  run attention-choices 30 "${choose[@]}"
   part update 560 update --limit_s "$(seconds 460 100)"
   part ledger 560 ledger --work "$work/ledger"
   part data 560 data --folder "$work"
@@ -141,7 +162,7 @@ everything() {
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)
-  ((files <= 8)) || printf '%s files in OUT: a lent machine may send back 8\n' "$files"
+  ((files <= 8 || rehearsing)) || printf '%s files in OUT: a lent machine may send back 8\n' "$files"
   return "$failed"
 }
 

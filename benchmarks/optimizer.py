@@ -54,7 +54,7 @@ class Torchs:
         wide = [p.detach().float().requires_grad_() for p in self.parameters]
         self.masters = wide if self.low else self.parameters
         self.averages = [p.detach().clone() for p in self.masters]
-        on_gpu = device == "cuda"
+        on_gpu = self.parameters[0].is_cuda
         self.optimizer = torch.optim.AdamW(self.masters, LR, fused=on_gpu, capturable=on_gpu)
         if self.low:
             for master in self.masters:

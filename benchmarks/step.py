@@ -45,6 +45,7 @@ from .harness import Record, say
 from .models import DEMO, make_pairs, make_sd15
 from .reference import Script, data_flags, note, parse_with_script, read_stamps, run_script
 from .rooflines import Ceilings, find_ceilings, ideal_ms
+from .rounds import Run, by_turns, find_row
 from .timing import timing
 from .tracing import PHASES, SKIPPED, TRACE, TRACED
 
@@ -146,14 +147,6 @@ def flags_of(case: Case, way: str, work: Path, updates: int) -> list[str]:
     return flags if way == SCRIPT else [*flags, "--overwrite", f"--log_every={EVERY}"]
 
 
-class Run(NamedTuple):
-    """What a run came to, its warm-up cut off."""
-
-    update_ms: list[float]  # of EVERY updates each, in the mean
-    other_clock_ms: float  # an update, in the mean
-    memory_gib: float
-
-
 def run_of(case: Case, way: str, script: Script, work: Path, updates: int, warm_up: int) -> Run:
     """One run, in a process of its own.
 
@@ -181,20 +174,6 @@ def run_of(case: Case, way: str, script: Script, work: Path, updates: int, warm_
         statistics.fmean(1e3 * case.images / end["images_per_second"] for _, end in pairs),
         max(line["memory_gib"] for line in kept),
     )
-
-
-def measured(
-    case: Case, script: Script, flags: argparse.Namespace, ceilings: Ceilings
-) -> list[Record]:
-    """A row for each way: its rounds by turns with the others'."""
-    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
-    for turn in range(1, flags.rounds + 1):
-        for way in WAYS:
-            say(f"{case.preset}, {case.pixels} px, round {turn}: {way}")
-            settings = (flags.work, flags.updates, flags.warm_up)
-            runs[way].append(run_of(case, way, script, *settings))
-    flops = case.images * flops_of_image(case, flags.work)
-    return [row_of(case, way, runs, ceilings, flops) for way in WAYS]
 
 
 def row_of(
@@ -310,10 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for preset in flags.preset:
             for pixels in flags.pixels:
-                compare(
-                    record, case_of(preset, pixels, flags.work, tiny=flags.tiny), flags, ceilings
-                )
-                harness.write(record, path)
+                case = case_of(preset, pixels, flags.work, tiny=flags.tiny)
+                compare(record, case, flags, ceilings, path)
     except RunFailed as error:
         say(f"fusedit.benchmarks.step: {error}")
         return 1
@@ -321,16 +298,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report.finish(record, path, flags.compare, step_report.markdown)
 
 
-def compare(record: Record, case: Case, flags: argparse.Namespace, ceilings: Ceilings) -> None:
-    """Adds the rows of a case, unless they are there."""
-    if any(row["labels"].items() >= case.labels(RECOMMENDED).items() for row in record["rows"]):
-        return
-    rows = measured(case, flags.reference, flags, ceilings)
-    for way, row in zip(WAYS, list(rows), strict=True):
-        if row["timings"]:
-            taken = row["timings"]["warm"]["median_ms"]
-            rows += traces(case, way, flags.reference, flags.work, taken, ceilings)
-    record["rows"] += rows
+def compare(
+    record: Record, case: Case, flags: argparse.Namespace, ceilings: Ceilings, path: Path
+) -> None:
+    """Adds the rows of a case that are not there yet; the record is written after each."""
+    script, work = flags.reference, flags.work
+    say(f"{case.preset}, {case.pixels} px")
+    ways = {
+        way: {**case.labels(way), "updates": flags.updates, "warm_up": flags.warm_up}
+        for way in WAYS
+    }
+
+    def run(way: str) -> Run:
+        return run_of(case, way, script, work, flags.updates, flags.warm_up)
+
+    runs = by_turns(record, path, ways, flags.rounds, run)
+    flops = case.images * flops_of_image(case, work)
+    rows = record["rows"]
+    for way in WAYS:
+        row = find_row(record, {"op": "step", **case.labels(way)})
+        if row is None:
+            row = row_of(case, way, runs, ceilings, flops)
+            rows.append(row)
+        if row["timings"] and not find_row(record, {"op": "phases", **case.labels(way)}):
+            rows += traces(case, way, script, work, row["timings"]["warm"]["median_ms"], ceilings)
+        harness.write(record, path)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 The same for diffusers' loop and ours, for what is watched is what both call: the loader, the
 encoders, the UNet, the backward, clip, AdamW and averages. An operation belongs to the outermost of
-these that it ran in. On a GPU it is counted by its kernels, on a CPU by its own time.
+these that it ran in. On a GPU it is counted by its kernels, on a CPU by its own time. DDP's
+all-reduces go on beside the backward: they are counted whole, whatever they ran in.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,26 +99,42 @@ def summed(events: Any) -> dict[str, dict[str, float]]:
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # kernels are counted with what launched them
-        if torch.cuda.is_available():
-            microseconds = sum(kernel.duration for kernel in event.kernels)
-        else:
-            microseconds = event.self_cpu_time_total
-        if microseconds:
-            kinds = found.setdefault(phase_of(event), {})
-            kind = kind_of(event.name)
-            kinds[kind] = kinds.get(kind, 0.0) + microseconds / 1e3
+        for name, microseconds in _taken(event):
+            if microseconds:
+                kinds = found.setdefault(phase_of(event, name), {})
+                kind = kind_of(event.name)
+                kinds[kind] = kinds.get(kind, 0.0) + microseconds / 1e3
     return found
 
 
-def phase_of(event: Any) -> str:
+def _taken(event: Any) -> list[tuple[str, float]]:
+    """Microseconds, of each kernel by its name, or on a CPU of the event itself."""
+    if torch.cuda.is_available():
+        return [(kernel.name, kernel.duration) for kernel in event.kernels]
+    # Gloo's are of a thread of their own, by which they have no time of their own.
+    own = event.cpu_time_total if event.is_async else event.self_cpu_time_total
+    return [(event.name, own)]
+
+
+def phase_of(event: Any, name: str = "") -> str:
+    """Args: name: of what is counted, where it is not the event's: a kernel's."""
     phase = "rest"
+    if is_all_reduce(name):
+        return "all-reduce"
     while event is not None:
+        if is_all_reduce(event.name):
+            return "all-reduce"
         if event.name in PHASES:
             phase = event.name
         elif event.name.startswith(IN_BACKWARD) and phase == "rest":
             phase = "backward"
         event = event.cpu_parent
     return phase
+
+
+def is_all_reduce(name: str) -> bool:
+    """gloo:all_reduce, c10d::allreduce_, ncclDevKernel_AllReduce_Sum_f32_RING_LL."""
+    return "allreduce" in re.sub("[^a-z]", "", name.lower())
 
 
 def kind_of(name: str) -> str:

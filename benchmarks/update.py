@@ -48,6 +48,7 @@ from .harness import Record, say
 from .shapes import TEXT_TOKENS
 from .timing import Timer, ceilings
 
+DEVICE = "cuda"
 CASES = ("sd15-256:64x1", "sd15-512:32x1", "sd15-256:4x4", "sd15-256:16x1", "sd15-512:4x4")
 TARGETS = {"sd15-256:64x1": 680, "sd15-512:32x1": 145, "sd15-256:4x4": 400}  # images a second
 FLOPS = {256: 544.7e9, 512: 2473.1e9}  # of an image, forward and backward; shapes.md counts them
@@ -298,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_numerics(PrecisionConfig())  # as a run has them
     timer = Timer(torch.device("cuda"))
     record["ceilings"] = record["ceilings"] or ceilings(timer, torch.device("cuda"))
-    whole = measure(record, flags, timer, "cuda", path)
+    whole = measure(record, flags, timer, DEVICE, path)
     if not whole:
         harness.write(record, path)
         return 1

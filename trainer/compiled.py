@@ -58,7 +58,7 @@ def check_gradients(
     dtype: torch.dtype,
     parts: Parts,
 ) -> None:
-    """Compares every gradient with eager PyTorch's, and leaves none behind.
+    """Compares every gradient with eager PyTorch's; those that there are stay as they are.
 
     Args:
         samples: of the run's shapes; their weights are taken as 1.
@@ -106,13 +106,18 @@ def differing(
 
 
 def _gradients(unet: nn.Module, loss_fn, samples: Samples) -> dict[str, Tensor]:
-    parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    """By name; the parameters' own stay theirs, for `Masters` reads them where they lie."""
+    named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    own = {name: parameter.grad for name, parameter in named.items()}
+    for parameter in named.values():
+        parameter.grad = None
     loss_fn(unet, samples).backward()
-    grads = {name: _own(cast(Tensor, p.grad)).clone() for name, p in parameters.items()}
-    unet.zero_grad(set_to_none=True)
-    return grads
+    found = {name: _part(cast(Tensor, p.grad)) for name, p in named.items()}
+    for name, parameter in named.items():
+        parameter.grad = own[name]
+    return found
 
 
-def _own(gradient: Tensor) -> Tensor:
+def _part(gradient: Tensor) -> Tensor:
     """All of it, or the part that this rank has of a sharded one."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient

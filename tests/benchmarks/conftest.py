@@ -1,9 +1,9 @@
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from fake_gpu import faked
 
 
 @pytest.fixture(autouse=True)
@@ -14,14 +14,21 @@ def no_gpu(monkeypatch) -> None:
 
 @pytest.fixture
 def fake_gpu(monkeypatch, no_gpu) -> Iterator[None]:
-    from fusedit.benchmarks import timing
+    from fusedit.benchmarks import stand_in, timing
 
+    def tick(event: stand_in.Event) -> None:
+        event.at = next(ticks) * 10**6
+
+    ticks = itertools.count()  # an event's time is the number of events before it
+    monkeypatch.setattr(stand_in.Event, "record", tick)
     monkeypatch.setattr(timing, "COPY_BYTES", 2**12)
     monkeypatch.setattr(timing, "MATRIX", 16)
     for name, value in {"WARM_UP_CALLS": 1, "LEAST_RUNS": 3, "MOST_RUNS": 4}.items():
         monkeypatch.setattr(timing, name, value)
-    with faked():
+    with stand_in.standing_in("Fake H100"):
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         yield
+        monkeypatch.undo()
 
 
 @pytest.fixture

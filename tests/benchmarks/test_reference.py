@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,8 +93,23 @@ def test_a_trace_tells_the_phases_apart(watched, monkeypatch):
 
 
 class Event:
-    def __init__(self, name, parent=None):
-        self.name, self.cpu_parent = name, parent
+    def __init__(self, name, parent=None, kernels=()):
+        self.name, self.cpu_parent, self.kernels = name, parent, kernels
+        self.device_type = torch.autograd.DeviceType.CPU
+
+
+def test_an_exchange_is_no_part_of_the_backward_it_runs_in(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernels = [
+        SimpleNamespace(name="ncclDevKernel_AllReduce_Sum_f32_RING_LL(args)", duration=3000.0),
+        SimpleNamespace(name="void at::native::elementwise_kernel", duration=1000.0),
+    ]
+    backward = Event("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad")
+    events = [Event("record_param_comms", backward, kernels[:1])]
+    events.append(Event("aten::div_", Event("c10d::allreduce_", backward), kernels[1:]))
+    events.append(Event("aten::div_", backward, kernels[1:]))
+    found = {phase: sum(kinds.values()) for phase, kinds in tracing.summed(events).items()}
+    assert found == {"all-reduce": 4.0, "backward": 1.0}
 
 
 def test_an_operation_belongs_to_the_outermost_phase():

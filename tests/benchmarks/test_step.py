@@ -1,6 +1,7 @@
 """Script and ours by turns: their flags, clocks, ratios, the tables and the picture."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,14 +154,21 @@ def test_a_run_that_fails_ends_it(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def record(case, tmp_path, monkeypatch):
-    """The whole command, its runs made up."""
+def made_up(case, tmp_path, monkeypatch):
+    """The command's runs are made up; its words, what was run and traced, and when that fails."""
+
+    words = [f"--reference={tmp_path}", "--tiny", f"--out={tmp_path}", f"--work={tmp_path}"]
+    made = SimpleNamespace(runs=[], traced=[], fails_at=0, words=words)
 
     def run_of(case, way, *_):
+        made.runs.append((case.preset, way))
+        if len(made.runs) == made.fails_at:
+            raise RunFailed("exit code 1: time is up")
         taken = {THE_SCRIPT: 300.0, SAME: 200.0, UNCACHED: 150.0, RECOMMENDED: 75.0}[way]
         return Run([taken, taken * 1.01], taken, 1.0)
 
     def traces(case, way, script, work, update_ms, ceilings):
+        made.traced.append((case.preset, way))
         values = dict.fromkeys((*step.PHASES, "idle"), update_ms / 8)
         rows = [harness.row({"op": "phases", **case.labels(way)}, values=values)]
         shares = dict.fromkeys(KINDS, 0.5)
@@ -170,10 +178,45 @@ def record(case, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "run_of", run_of)
     monkeypatch.setattr(step, "traces", traces)
     monkeypatch.setattr(step, "find_ceilings", lambda record: CEILINGS)
+    monkeypatch.setattr(harness, "_git_state", lambda: ("abc", False))
     (tmp_path / reference.NAME).write_bytes(SCRIPT.read_bytes())
-    words = [f"--reference={tmp_path}", "--tiny", f"--out={tmp_path}", f"--work={tmp_path}"]
-    assert step.main(words) == 0
+    return made
+
+
+@pytest.fixture
+def record(made_up, tmp_path):
+    assert step.main(made_up.words) == 0
     return tmp_path
+
+
+def test_what_was_stopped_goes_on_after_its_last_run(made_up, tmp_path):
+    made_up.fails_at = 6
+    assert step.main(made_up.words) == 1
+    assert not made_up.traced
+    before = harness.read(tmp_path / "step.json")
+    assert len(before["rows"]) == 5  # a round, and the first way of the second
+    made_up.runs.clear()
+    made_up.fails_at = 0
+    assert step.main(made_up.words) == 0
+    every = [(preset, way) for preset in step.PRESETS for _ in range(3) for way in step.WAYS]
+    assert made_up.runs == every[5:]
+    assert made_up.traced == [(preset, way) for preset in step.PRESETS for way in step.WAYS]
+    after = harness.read(tmp_path / "step.json")
+    assert after["rows"][:5] == before["rows"]
+    speeds = step_report.of_op(after, "step")
+    assert [row["timings"]["warm"]["runs"] for row in speeds] == [6] * 8
+    made_up.runs.clear()
+    assert step.main([*made_up.words, "--updates=40"]) == 0  # complete: begun anew
+    assert len(made_up.runs) == 24
+
+
+def test_runs_of_another_length_are_not_taken(made_up, tmp_path):
+    made_up.fails_at = 6
+    assert step.main(made_up.words) == 1
+    made_up.fails_at = 0
+    made_up.runs.clear()
+    assert step.main([*made_up.words, "--updates=40"]) == 0
+    assert len(made_up.runs) == 24
 
 
 def test_the_table_has_each_preset_and_way(record):

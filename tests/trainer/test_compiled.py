@@ -63,6 +63,15 @@ def test_a_right_compiler_passes_and_leaves_no_gradient(parts, unet, check):
     assert compiled == (blocks if parts == "blocks" else [unet])
 
 
+def test_gradients_that_are_there_stay_where_they_lie(unet, check):
+    own = {p: torch.full_like(p, 3.0) for p in unet.parameters()}  # as masters give them
+    for parameter, grad in own.items():
+        parameter.grad = grad
+    check("blocks")
+    assert all(parameter.grad is grad for parameter, grad in own.items())
+    assert all(bool((grad == 3.0).all()) for grad in own.values())
+
+
 @pytest.mark.parametrize("parts", ["blocks", "whole"])
 def test_a_wrong_compiler_stops_the_run_and_names_parameters(parts, unet, check):
     compile_unet(unet, parts, backend=doubled)
