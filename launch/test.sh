@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 set_up '[dev]'
-exec .venv/bin/python -m pytest -m 'not slow' "$@"
+exec .venv/bin/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
