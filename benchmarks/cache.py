@@ -25,6 +25,7 @@ from ..trainer.cache_files import CacheFolder, Shape
 from ..trainer.config import DataConfig, ModelConfig, PrecisionConfig
 from ..trainer.data import EditPairs, Order, StepSampler, make_loader, make_tokenize
 from ..trainer.encoders import Encoders
+from ..trainer.families import SIZE_IDS, STABLE_DIFFUSION, TextEncoder
 from ..trainer.plan import set_numerics
 from ..trainer.pretrained import load_encoders
 from ..trainer.rows import open_rows
@@ -88,7 +89,8 @@ def measure_read(record: Record, folder: Path | None, batch: int) -> None:
 
 def shape_of(resolution: int, dtype: torch.dtype) -> Shape:
     side = resolution // 8
-    return Shape(mirrors=2, crops=1, latent=(4, side, side), text=(TEXT_TOKENS, WIDTH), dtype=dtype)
+    text = TEXT_TOKENS, WIDTH
+    return Shape(mirrors=2, crops=1, latents=((4, side, side),), text=text, pooled=0, dtype=dtype)
 
 
 def written(folder: Path, shape: Shape) -> CacheFolder:
@@ -99,13 +101,14 @@ def written(folder: Path, shape: Shape) -> CacheFolder:
     digest = torch.from_numpy(np.stack([text_digest(one) for one in tokens.contiguous()]))
     for start in range(0, PAIRS, PAIRS_A_SHARD):
         row = torch.arange(start, start + PAIRS_A_SHARD)
-        latents = torch.randn(PAIRS_A_SHARD, *shape.latents_shape, dtype=shape.dtype)
+        latents = torch.randn(PAIRS_A_SHARD, *shape.latents_shape(0), dtype=shape.dtype)
         latents[..., 0, 0, 0] = (row % 128).to(shape.dtype)[:, None, None, None]
         number = row // PAIRS_A_TEXT
         cache.write(
             "pairs",
             {
                 "latents": latents,
+                "size_ids": torch.zeros(PAIRS_A_SHARD, shape.mirrors, shape.crops, SIZE_IDS),
                 "unit": torch.stack((row, torch.zeros_like(row)), dim=1),
                 "tokens": tokens[number].contiguous(),
                 "digest": digest[number],
@@ -114,7 +117,8 @@ def written(folder: Path, shape: Shape) -> CacheFolder:
         )
     text = torch.randn(count + 1, *shape.text, dtype=shape.dtype)
     text[:, 0, 0] = (torch.arange(count + 1) % 128).to(shape.dtype)
-    cache.write("texts", {"text": text, "digest": digest}, {})
+    pooled = torch.empty(count + 1, shape.pooled, dtype=shape.dtype)
+    cache.write("texts", {"text": text, "pooled": pooled, "digest": digest}, {})
     cache.seal()
     return cache
 
@@ -197,9 +201,10 @@ class Building:
         else:
             save_pairs(data, count)
             vae, text_encoder = load_encoders(ModelConfig(pretrained_model_name_or_path=str(BASE)))
-        text = text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size
+        clip: Any = text_encoder.parts["text_encoder"]
+        text = clip.config.max_position_embeddings, clip.config.hidden_size
         tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer", model_max_length=text[0])
-        self.tokenize = make_tokenize(tokenizer)
+        self.tokenize = make_tokenize([tokenizer])
         self.null_tokens = self.tokenize("")[None]
         self.section = DataConfig(
             train_data_dir=str(data),
@@ -217,7 +222,9 @@ class Building:
         config: Any = vae.config
         side = case.resolution // 2 ** (len(config.block_out_channels) - 1)
         mirrors = 2 if self.section.random_flip else 1
-        shape = Shape(mirrors=mirrors, crops=1, latent=(4, side, side), text=text, dtype=dtype)
+        shape = Shape(
+            mirrors, crops=1, latents=((4, side, side),), text=text, pooled=0, dtype=dtype
+        )
         self.cache = CacheFolder(place / "cache", {"benchmark": case.preset}, shape)
 
     def run(self) -> Found:
@@ -257,7 +264,7 @@ class Building:
         return ""
 
 
-def sd15_encoders() -> tuple[AutoencoderKL, CLIPTextModel]:
+def sd15_encoders() -> tuple[AutoencoderKL, TextEncoder]:
     """Stable Diffusion 1.5's VAE and text encoder, random."""
     blocks: dict[str, Any] = {  # diffusers declares tuples of one
         "block_out_channels": (128, 256, 512, 512),
@@ -268,4 +275,4 @@ def sd15_encoders() -> tuple[AutoencoderKL, CLIPTextModel]:
     config = CLIPTextConfig(
         hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=12, num_attention_heads=12
     )
-    return vae, CLIPTextModel(config)
+    return vae, TextEncoder(STABLE_DIFFUSION, {"text_encoder": CLIPTextModel(config)})

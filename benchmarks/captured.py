@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -202,11 +202,12 @@ def _edit_input(size: int, dtype: torch.dtype) -> None:
     positions, timesteps = (torch.zeros(BATCH, dtype=torch.int64) for _ in range(2))
     dropped = torch.zeros(BATCH, dtype=torch.bool)
     signal, noise = torch.empty(1000), torch.empty(1000)
-    for prediction in ("epsilon", "v_prediction"):
+    more: dict[str, Any] = {"noise_offset": 0.1, "input_perturbation": 0.1}
+    for prediction, amounts in product(("epsilon", "v_prediction"), ({}, more)):
         edit_input.edit_input(
             mean, std, condition, positions, timesteps, dropped, signal, noise,
             seed=2**63, posterior_purpose=3, noise_purpose=4, latent_scale=0.18215,
-            prediction_type=prediction, dtype=dtype,
+            prediction_type=prediction, dtype=dtype, **amounts,
         )  # fmt: skip
 
 
@@ -269,5 +270,5 @@ CASES = {
     "attention": Case(_attention, _distinct("attentions") + UNEVEN, (torch.float16,)),
     "edit_input": Case(_edit_input, SIZES),
     "weighted_mse": Case(_weighted_mse, SIZES),
-    "adamw_ema": Case(_adamw_ema, [1, 0, 2], (torch.float32,)),
+    "adamw_ema": Case(_adamw_ema, [1, 0, 2, 3], (torch.float32,)),
 }

@@ -81,8 +81,9 @@ class Kept(Job):
 
     def __init__(self, unet: UNet2DConditionModel, device: torch.device) -> None:
         fused = device.type == "cuda"
-        self.unet, self.masters, _ = prepared = prepare_unet(unet, device, fused=fused)
-        named = prepared.parameters
+        prepared = prepare_unet(unet, device, fused=fused)
+        self.unet, self.masters, _, self.adapter = prepared
+        self.named = named = prepared.parameters
         self.ema = Ema(named, decay=0.9999)
         self.optimizer = make_optimizer(named, OptimConfig(), self.ema, fused=fused)
         for name, parameter in named.items():  # as after some steps

@@ -106,7 +106,7 @@ def delivered(pairs: EditPairs, batch: int, workers: int) -> tuple[list[float], 
 
 
 def measure_loader(record: Record, folder: Path | None, batch: int) -> None:
-    tokenize = make_tokenize(CLIPTokenizer.from_pretrained(BASE / "tokenizer"))
+    tokenize = make_tokenize([CLIPTokenizer.from_pretrained(BASE / "tokenizer")])
     for case in JPEGS:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             photographs(Path(place), case.side, PHOTOGRAPHS)

@@ -159,13 +159,13 @@ class Reference(AdamW):
     def _make(self, settings: dict[str, Any]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters.values(), lr=0.0, **settings)
 
-    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+    def update(self, lr: Tensor, ema_weights: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
         for parameter in self.parameters.values():
             parameter.grad.mul_(grad_factor)  # pyright: ignore
         self.optimizer.param_groups[0]["lr"] = float(lr)
         self.optimizer.step()
         if self.ema is not None:
-            self._average(self.ema.averages, float(ema_weight))
+            self._average(self.ema.averages, float(ema_weights))
 
     @torch.no_grad()
     def _average(self, averages: dict[str, Tensor], weight: float) -> None:
@@ -201,10 +201,10 @@ class Rounded(torch.autograd.Function):
 class RoundedGradients(AdamW):
     """Ours, of gradients that are rounded to bf16 once, when all of them are added up."""
 
-    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+    def update(self, lr: Tensor, ema_weights: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
         for parameter in self.parameters.values():
             parameter.grad.copy_(to_bf16(parameter.grad))  # pyright: ignore
-        super().update(lr, ema_weight, grad_factor, applies)
+        super().update(lr, ema_weights, grad_factor, applies)
 
 
 OPTIMIZERS = {"reference": Reference, "gradients_to_bf16": RoundedGradients}

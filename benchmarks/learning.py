@@ -33,6 +33,7 @@ from ..trainer.config import ModelConfig
 from ..trainer.data import PixelBatch, make_tokenize
 from ..trainer.diffusion import Diffusion
 from ..trainer.encoders import Encoders
+from ..trainer.families import SIZE_IDS
 from ..trainer.loss import HELD_OUT, EditLoss
 from ..trainer.pretrained import describe, load_encoders
 from . import harness, report
@@ -86,7 +87,7 @@ def held_out_loss(pipeline: Path, pairs: Sequence[Pair]) -> float:
     """The loss with text and image given, in the mean; the same noise for every pipeline."""
     section = ModelConfig(pretrained_model_name_or_path=str(pipeline))
     described, device = describe(section), torch.device("cpu")
-    tokenize = make_tokenize(described.tokenizer)
+    tokenize = make_tokenize(described.tokenizers)
     null_tokens = tokenize("")[None]
     encoders = Encoders(*load_encoders(section), null_tokens, device, torch.float32)
     diffusion = Diffusion.from_scheduler(
@@ -102,6 +103,7 @@ def held_out_loss(pipeline: Path, pairs: Sequence[Pair]) -> float:
                 torch.stack([pixels(pair.original) for pair in batch]),
                 torch.stack([pixels(pair.edited) for pair in batch]),
                 torch.stack([tokenize(pair.instruction) for pair in batch]),
+                torch.zeros(len(batch), SIZE_IDS),
                 torch.arange(start, start + len(batch)),
                 torch.ones(len(batch)),
                 (),

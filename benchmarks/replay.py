@@ -24,6 +24,7 @@ from ..trainer.diffusion import Diffusion
 from ..trainer.draws import Purpose
 from ..trainer.ema import Ema
 from ..trainer.encoders import Encoders
+from ..trainer.families import SIZE_IDS
 from ..trainer.optim import make_optimizer
 from ..trainer.plan import DTYPES
 from ..trainer.pretrained import Described, load_encoders, load_unet
@@ -94,7 +95,7 @@ class Parts(NamedTuple):
         return unet
 
     def null_tokens(self) -> Tensor:
-        return make_tokenize(self.described.tokenizer)("")[None].to(self.device)
+        return make_tokenize(self.described.tokenizers)("")[None].to(self.device)
 
 
 class Ours:
@@ -164,7 +165,13 @@ class Ours:
         positions = torch.arange(count, device=self.device) + index * count
         weights = torch.ones(count, device=self.device)
         return PixelBatch(
-            original, edited, recorded.of("tokens")[index], positions, weights, errors=()
+            original,
+            edited,
+            recorded.of("tokens")[index],
+            torch.zeros(count, SIZE_IDS, device=self.device),  # told to XL alone
+            positions,
+            weights,
+            errors=(),
         )
 
 
@@ -201,7 +208,7 @@ class Truth:
         self.schedule: Any = DDPMScheduler.from_config(parts.described.scheduler)
         self.schedule.alphas_cumprod = self.schedule.alphas_cumprod.to(dtype)
         with torch.no_grad():
-            self.null_text = self.text_encoder(parts.null_tokens()).last_hidden_state
+            self.null_text = self.text_encoder(parts.null_tokens()).states
         section: OptimConfig = parts.config.optim
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(),
@@ -239,7 +246,7 @@ class Truth:
             latents = posterior.mean + posterior.std * given("posterior").to(self.dtype)
             latents = latents * self.vae.config.scaling_factor
             condition = self.vae.encode(original).latent_dist.mode()
-            text = self.text_encoder(given("tokens")).last_hidden_state
+            text = self.text_encoder(given("tokens")).states
         noise, timesteps, draw = given("noise").to(self.dtype), given("timesteps"), given("dropout")
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = noise

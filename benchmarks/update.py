@@ -34,6 +34,7 @@ from ..trainer.diffusion import Diffusion
 from ..trainer.ema import Ema
 from ..trainer.encoders import Samples
 from ..trainer.errors import UsageError
+from ..trainer.families import SIZE_IDS, Text
 from ..trainer.loss import EditLoss
 from ..trainer.optim import make_optimizer
 from ..trainer.plan import set_numerics
@@ -122,6 +123,8 @@ def samples_of(case: Case, width: int, dtype: torch.dtype, device: str) -> list[
                 target_std=images[1].abs() / 10,
                 condition=images[2],
                 text=torch.randn(case.batch, TEXT_TOKENS, width, device=device, dtype=dtype),
+                pooled=torch.empty(case.batch, 0, device=device, dtype=dtype),
+                size_ids=torch.zeros(case.batch, SIZE_IDS, device=device),
                 positions=torch.arange(case.batch, device=device) + index * case.batch,
                 weights=torch.ones(case.batch, device=device),
             )
@@ -145,7 +148,10 @@ class Job:
         self.unet = prepared.unet
         width = int(self.unet.config["cross_attention_dim"])
         diffusion = Diffusion.from_scheduler(SCHEDULE, 0.18215, self.device)
-        null_text = torch.zeros(1, TEXT_TOKENS, width, device=device, dtype=torch.bfloat16)
+        null_text = Text(
+            torch.zeros(1, TEXT_TOKENS, width, device=device, dtype=torch.bfloat16),
+            torch.zeros(1, 0, device=device, dtype=torch.bfloat16),
+        )
         self.loss_fn = EditLoss(diffusion, (0.05, 0.05, 0.05), null_text, 0, torch.bfloat16)
         self.samples = samples_of(case, width, torch.bfloat16, device)
         self.ema = Ema(prepared.parameters, 0.9999)

@@ -4,9 +4,11 @@ Eager passes over the 64-bit words of every normal some two hundred times; here 
 where it computes: N latents of the target are read with as many of their deviations and of the
 condition, 2N are written, and N in fp32.
 Source: Brooks et al. 2023 (arXiv:2211.09800), section 3.2; Ho et al. 2020 (arXiv:2006.11239),
-equation 4; v: Salimans and Ho 2022 (arXiv:2202.00512), appendix D; Box and Muller 1958.
+equation 4; v: Salimans and Ho 2022 (arXiv:2202.00512), appendix D; Box and Muller 1958; offset:
+Guttenberg 2023, "Diffusion with Offset Noise"; perturbation: Ning et al. 2023 (arXiv:2301.11706).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -39,16 +41,27 @@ def edit_input_reference(
     latent_scale: float,
     prediction_type: str,
     dtype: torch.dtype,
+    noise_offset: float = 0.0,
+    noise_offset_purpose: int = 0,
+    input_perturbation: float = 0.0,
+    input_perturbation_purpose: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The definition: the forward process, in fp32, of a sample of the target's posterior."""
+
+    def drawn(purpose: int, *shape: int) -> Tensor:
+        drawn_words = words(seed, purpose, positions, math.prod(shape))
+        return normal(drawn_words).reshape(len(positions), *shape)
+
     shape = target_mean.shape[1:]
-    posterior, epsilon = (
-        normal(words(seed, purpose, positions, shape.numel())).reshape(len(positions), *shape)
-        for purpose in (posterior_purpose, noise_purpose)
-    )
+    posterior, epsilon = (drawn(purpose, *shape) for purpose in (posterior_purpose, noise_purpose))
+    if noise_offset:
+        epsilon = epsilon + noise_offset * drawn(noise_offset_purpose, CHANNELS, 1, 1)
+    mixed_in = epsilon
+    if input_perturbation:
+        mixed_in = epsilon + input_perturbation * drawn(input_perturbation_purpose, *shape)
     clean = (target_mean.float() + target_std.float() * posterior) * latent_scale
     alpha, sigma = (table[timesteps].view(-1, 1, 1, 1) for table in (signal, noise))
-    noisy = alpha * clean + sigma * epsilon
+    noisy = alpha * clean + sigma * mixed_in
     shown = condition.float().masked_fill(drop_image[:, None, None, None], 0.0)
     target = alpha * epsilon - sigma * clean if prediction_type == "v_prediction" else epsilon
     latents = torch.cat((noisy, shown), dim=1).to(dtype)
@@ -75,6 +88,10 @@ def edit_input(
     latent_scale: float,
     prediction_type: str,
     dtype: torch.dtype,
+    noise_offset: float = 0.0,
+    noise_offset_purpose: int = 0,
+    input_perturbation: float = 0.0,
+    input_perturbation_purpose: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Noisy latents beside their condition, and the UNet's answer to them; without gradients.
 
@@ -94,6 +111,11 @@ def edit_input(
         latent_scale: the VAE's scaling factor, of the target only.
         prediction_type: epsilon or v_prediction.
         dtype: of the latents: fp32, bf16 or fp16.
+        noise_offset: 0 or more; times a normal of each sample and channel, added to the noise.
+        noise_offset_purpose: 0 to 2**32 - 1, the stream of these, four for a sample.
+        input_perturbation: 0 or more; times another normal of each element, added to the noise of
+            the input alone: the answer does not know of it.
+        input_perturbation_purpose: 0 to 2**32 - 1, the stream of these.
 
     Returns: latents [n, 8, h, w] in `dtype`, noisy target, then condition; target [n, 4, h, w]
         fp32; both channels_last. Element e of [4, h, w] is normal e of the sample's stream.
@@ -102,22 +124,31 @@ def edit_input(
     """
     tensors = (target_mean, target_std, condition, positions, timesteps, drop_image, signal, noise)
     _check(*tensors)
-    _check_options(seed, posterior_purpose, noise_purpose, prediction_type, dtype)
+    purposes: dict[str, Any] = {
+        "posterior_purpose": posterior_purpose,
+        "noise_purpose": noise_purpose,
+        "noise_offset_purpose": noise_offset_purpose,
+        "input_perturbation_purpose": input_perturbation_purpose,
+    }
+    amounts: dict[str, Any] = {
+        "noise_offset": noise_offset,
+        "input_perturbation": input_perturbation,
+    }
+    _check_options(seed, purposes, amounts, prediction_type, dtype)
     if not runs_triton(target_mean):
         return edit_input_reference(
             *tensors,
             seed=seed,
-            posterior_purpose=posterior_purpose,
-            noise_purpose=noise_purpose,
+            **purposes,
             latent_scale=latent_scale,
             prediction_type=prediction_type,
             dtype=dtype,
+            **amounts,
         )
     velocity = prediction_type == "v_prediction"
     key = (seed & MASK, seed >> 32)
-    return _edit_input(
-        *tensors, *key, posterior_purpose, noise_purpose, latent_scale, velocity, dtype
-    )
+    of_call = (*purposes.values(), latent_scale, *amounts.values(), velocity, dtype)
+    return _edit_input(*tensors, *key, *of_call)
 
 
 def _check(*tensors: Tensor) -> None:
@@ -145,14 +176,20 @@ def _check(*tensors: Tensor) -> None:
 
 
 def _check_options(
-    seed: int, posterior_purpose: int, noise_purpose: int, prediction_type: str, dtype: torch.dtype
+    seed: int,
+    purposes: dict[str, int],
+    amounts: dict[str, float],
+    prediction_type: str,
+    dtype: torch.dtype,
 ) -> None:
     if not 0 <= seed < 2**64:
         raise ValueError(f"edit_input: seed must be 0 to 2**64 - 1, got {seed}")
-    purposes = {"posterior_purpose": posterior_purpose, "noise_purpose": noise_purpose}
     for name, purpose in purposes.items():
         if not 0 <= purpose <= MASK:
             raise ValueError(f"edit_input: {name} must be 0 to 2**32 - 1, got {purpose}")
+    for name, amount in amounts.items():
+        if not 0 <= amount < math.inf:
+            raise ValueError(f"edit_input: {name} must be 0 or more, got {amount}")
     if prediction_type not in PREDICTIONS:
         raise ValueError(
             f"edit_input: prediction_type must be one of {PREDICTIONS}, got {prediction_type!r}"
@@ -197,7 +234,16 @@ def _normals(
 
 
 # Seed and purposes are arguments of one compiled kernel, whatever their values.
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "posterior_purpose", "noise_purpose"])
+@triton.jit(
+    do_not_specialize=[
+        "seed_low",
+        "seed_high",
+        "posterior_purpose",
+        "noise_purpose",
+        "noise_offset_purpose",
+        "input_perturbation_purpose",
+    ]
+)
 def _forward_kernel(
     target_mean,
     target_std,
@@ -218,8 +264,14 @@ def _forward_kernel(
     seed_high,
     posterior_purpose,
     noise_purpose,
+    noise_offset_purpose,
+    input_perturbation_purpose,
     latent_scale,
+    noise_offset,
+    input_perturbation,
     VELOCITY: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PERTURBATION: tl.constexpr,
     QUADS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
@@ -245,8 +297,17 @@ def _forward_kernel(
         position, posterior_purpose, seed_low, seed_high, plane, first, PIXELS, QUADS
     )
     epsilon = _normals(position, noise_purpose, seed_low, seed_high, plane, first, PIXELS, QUADS)
+    if OFFSET:  # a plane of one pixel: the sample's first four normals, one for each channel
+        epsilon += noise_offset * _normals(
+            position, noise_offset_purpose, seed_low, seed_high, 1, 0, 1, False
+        )
+    mixed_in = epsilon
+    if PERTURBATION:
+        mixed_in += input_perturbation * _normals(
+            position, input_perturbation_purpose, seed_low, seed_high, plane, first, PIXELS, QUADS
+        )
     clean = (mean.to(tl.float32) + std.to(tl.float32) * posterior) * latent_scale
-    noisy = alpha * clean + sigma * epsilon
+    noisy = alpha * clean + sigma * mixed_in
     answer = alpha * epsilon - sigma * clean if VELOCITY else epsilon
 
     out = sample * plane + pixel[:, None]  # channels_last: the channels of a pixel are adjacent
@@ -290,7 +351,11 @@ def _edit_input(
     seed_high: int,
     posterior_purpose: int,
     noise_purpose: int,
+    noise_offset_purpose: int,
+    input_perturbation_purpose: int,
     latent_scale: float,
+    noise_offset: float,
+    input_perturbation: float,
     velocity: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -302,12 +367,20 @@ def _edit_input(
     of_sample = [t.contiguous() for t in (positions, timesteps, drop_image, signal, noise)]
     strides = [tensor.stride(0) for tensor in of_target]
     plane, steps = target_mean.shape[2] * target_mean.shape[3], len(signal)
-    drawn = [_signed(word) for word in (seed_low, seed_high, posterior_purpose, noise_purpose)]
+    purposes = posterior_purpose, noise_purpose, noise_offset_purpose, input_perturbation_purpose
+    drawn = [_signed(word) for word in (seed_low, seed_high, *purposes)]
     blocks = pick("edit_input.forward", target_mean.device, plane=plane)
-    constants = {"VELOCITY": velocity, "QUADS": plane % 4 == 0, **blocks}
+    constants = {
+        "VELOCITY": velocity,
+        "OFFSET": noise_offset > 0,
+        "PERTURBATION": input_perturbation > 0,
+        "QUADS": plane % 4 == 0,
+        **blocks,
+    }
     launch: Any = _forward_kernel[(len(positions) * triton.cdiv(plane, blocks["PIXELS"]),)]
     tensors = (*of_target, *of_sample, latents, target)
-    arguments = (*tensors, *strides, plane, steps, *drawn, latent_scale)
+    amounts = latent_scale, noise_offset, input_perturbation
+    arguments = (*tensors, *strides, plane, steps, *drawn, *amounts)
     launch(*arguments, **constants)
     return latents, target
 

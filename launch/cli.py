@@ -4,6 +4,8 @@
     fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
+    fusedit ema RUN --length L --out FOLDER    a run's pipeline with averages of another length
+    fusedit export RUN [--merge] [--out DIR]   a run's checkpoint as a pipeline, its LoRA merged
     fusedit demo                               the whole job on a drawn world, in minutes
     fusedit COMMAND --help                     tells more
     fusedit --version
@@ -38,6 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         from . import edit
 
         return edit.main(rest)
+    if command == "ema":
+        from . import ema
+
+        return ema.main(rest)
+    if command == "export":
+        from . import export
+
+        return export.main(rest)
     if command == "demo":
         from .demo import run
 

@@ -5,19 +5,19 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
-    StableDiffusionInstructPix2PixPipeline,
-)
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from PIL import Image
 from tyro.conf import Positional, arg
 
+from ..trainer.adapter_files import LORA_FILE, MERGED
 from ..trainer.draws import Purpose, draw_normal
 from ..trainer.errors import UsageError
+from ..trainer.families import family_by_parts
 from ..trainer.sample import edit_images, nearest_size, open_image
 from .train import quiet_libraries
 
@@ -105,11 +105,17 @@ def _device(name: str | None) -> torch.device:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _load(model: str, device: torch.device) -> StableDiffusionInstructPix2PixPipeline:
+def _load(model: str, device: torch.device) -> Any:
     if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise UsageError(f"{model}: there is no such model folder")
+    if (Path(model) / LORA_FILE).is_file():
+        raise UsageError(
+            f"{model} holds an adapter without its base: `fusedit export {model} --merge` writes "
+            f"{Path(model) / MERGED}, which is whole"
+        )
     try:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        index: Any = DiffusionPipeline.load_config(model)
+        pipeline = family_by_parts(index).pipeline.from_pretrained(
             model,
             low_cpu_mem_usage=False,  # else a warning where accelerate is not installed
         )

@@ -11,12 +11,14 @@ import tyro
 from ..trainer.config import RunConfig
 from ..trainer.settings import from_toml
 
+ALIASES = {"--val_image_url_or_path": "--val_image_url"}  # of the reference's script for XL
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainFlags:
     """Fine-tunes Stable Diffusion to edit images from instructions.
 
-    Flags are those of diffusers' train_instruct_pix2pix.py; "ours" marks those it does not have.
+    Flags are those of diffusers' train_instruct_pix2pix.py and its XL twin; "ours" marks others.
     `fusedit train` also takes --nproc_per_node N and --master_port P for torchrun. `fusedit cache`
     takes the same flags, fills --cache_latents and trains nothing; `fusedit plan` takes them too,
     with --gpu TYPE and --json, and says what the run will take.
@@ -51,5 +53,6 @@ def parse(argv: list[str], quiet: bool = False) -> TrainFlags:
 
 
 def _apart(word: str) -> list[str]:
-    """--name=value as two words, any other as it is."""
-    return word.split("=", 1) if re.match(r"--\w[\w-]*=", word) else [word]
+    """--name=value as two words, any other as it is; by the name that the sections have."""
+    name, *value = word.split("=", 1) if re.match(r"--\w[\w-]*=", word) else [word]
+    return [ALIASES.get(name.replace("-", "_").replace("__", "--", 1), name), *value]

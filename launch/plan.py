@@ -25,9 +25,9 @@ from ..trainer.data import split_rows
 from ..trainer.errors import UsageError
 from ..trainer.estimate import GIB
 from ..trainer.gpus import GPUS, Gpu, gpu_named, gpu_of_device
-from ..trainer.plan import check_precision, default_cache, set_numerics
+from ..trainer.plan import check_precision, default_cache, describe_trained, set_numerics
 from ..trainer.prediction import Data, Prediction
-from ..trainer.pretrained import check_resolution, describe
+from ..trainer.pretrained import check_resolution
 from ..trainer.rows import open_rows
 from ..trainer.trial import TrialRun, largest_tried
 from .flags import parse
@@ -52,11 +52,12 @@ def main(argv: list[str]) -> int:
         check(config)
         config = with_gpu_defaults(config, gpu)
         quiet_libraries()
-        described = describe(config.model)
+        described = describe_trained(config)
         check_resolution(config.data.resolution, described)
         plan = Prediction(config, described, gpu, ranks, data_of(config))
         tried = None
-        if asked.gpu is None and torch.cuda.is_available():
+        # One GPU cannot try what several share.
+        if asked.gpu is None and torch.cuda.is_available() and config.parts(ranks) == 1:
             set_numerics(config.precision)
             tried = largest_tried(
                 lambda: TrialRun(config, described, torch.device("cuda", 0)).update
@@ -99,7 +100,7 @@ def check(config: RunConfig) -> None:
     has_data = config.data.dataset_name is not None or config.data.train_data_dir is not None
     if has_data or config.model.pretrained_model_name_or_path is None:
         config.check_complete()
-    config.data.check_cache()
+    config.check_together()
 
 
 def data_of(config: RunConfig) -> Data | None:
@@ -160,6 +161,7 @@ def lines(plan: Prediction, tried: int | None) -> list[str]:
         f"length      {_length(plan)}",
         f"cache       {_cache(plan)}",
         f"checkpoint  {in_bytes(plan.checkpoint)} each{_checkpoints(plan)}",
+        *_snapshots(plan),
         f"pipeline    {in_bytes(plan.pipeline)}",
         plan.advice(),
     ]
@@ -189,3 +191,14 @@ def _checkpoints(plan: Prediction) -> str:
     made = -(-plan.steps // output.checkpointing_steps)
     kept = min(made, output.checkpoints_total_limit or made)
     return f", {kept} kept: {in_bytes(kept * plan.checkpoint)}"
+
+
+def _snapshots(plan: Prediction) -> list[str]:
+    """Of --post_hoc_ema, none of which is ever deleted."""
+    if not plan.snapshot:
+        return []
+    line, output = f"snapshots   {in_bytes(plan.snapshot)} each", plan.config.output
+    if plan.steps is not None:
+        made = -(-plan.steps // (output.ema_snapshot_steps or output.checkpointing_steps))
+        line += f", {made} kept: {in_bytes(made * plan.snapshot)}"
+    return [line]

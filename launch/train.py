@@ -57,13 +57,13 @@ def make_world() -> World:
     if not torch.cuda.is_available():
         # torchrun gives each process one thread; the ranks of a machine share its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        return World(rank=rank, local_rank=local_rank, size=size)
+        return World(rank=rank, local_rank=local_rank, size=size, local_size=local_size)
     if local_size > torch.cuda.device_count():
         raise UsageError(
             f"--nproc-per-node {local_size} is more than the {torch.cuda.device_count()} GPUs here"
         )
     device = torch.device("cuda", local_rank)
-    return World(rank=rank, local_rank=local_rank, size=size, device=device)
+    return World(rank=rank, local_rank=local_rank, size=size, local_size=local_size, device=device)
 
 
 def starter(world: World) -> list[str]:

@@ -22,13 +22,24 @@ class Ranks:
     Args:
         log: file that all ranks' output goes to.
         threads: of each rank; fixed, for sums depend on it.
+        local_size: ranks of a machine; None: all are on one.
     """
 
-    def __init__(self, size: int, flags: list[str], log: Path, threads: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        flags: list[str],
+        log: Path,
+        threads: int = 1,
+        local_size: int | None = None,
+    ) -> None:
         self.log = log
         port = free_port()
+        local_size = local_size or size
         self.processes = [
-            _context.Process(target=_rank, args=(rank, size, port, flags, str(log), threads))
+            _context.Process(
+                target=_rank, args=(rank, size, local_size, port, flags, str(log), threads)
+            )
             for rank in range(size)
         ]
         for process in self.processes:
@@ -54,20 +65,22 @@ class Ranks:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def run(size: int, flags: list[str], log: Path) -> str:
+def run(size: int, flags: list[str], log: Path, local_size: int | None = None) -> str:
     """Runs to the end, which must be a good one; returns what was printed."""
-    ranks = Ranks(size, flags, log)
+    ranks = Ranks(size, flags, log, local_size=local_size)
     codes = ranks.wait()
     assert codes == [0] * size, ranks.output()
     return ranks.output()
 
 
-def _rank(rank: int, size: int, port: int, flags: list[str], log: str, threads: int) -> None:
+def _rank(
+    rank: int, size: int, local_size: int, port: int, flags: list[str], log: str, threads: int
+) -> None:
     os.environ.update(
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
+        LOCAL_RANK=str(rank % local_size),
         WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(local_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         HF_HUB_OFFLINE="1",

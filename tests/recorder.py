@@ -65,7 +65,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-def record(call: Callable[[], Any]) -> tuple[Recorded, Any]:
+def record(call: Callable[[], Any], beside: Recorded | None = None) -> tuple[Recorded, Any]:
     """As `record_graph`."""
     recorded = Recorded()
     with recorded:

@@ -12,6 +12,8 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 from fusedit.launch.demo.run import DemoFlags
 from fusedit.launch.edit import EditFlags
+from fusedit.launch.ema import EmaFlags
+from fusedit.launch.export import ExportFlags
 from fusedit.launch.flags import TrainFlags, parse
 from fusedit.trainer.config import RunConfig
 from fusedit.trainer.gpus import GPUS
@@ -24,7 +26,11 @@ TEXT = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
 TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(part)}
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
-OTHER_FLAGS = {field.name for cls in (EditFlags, DemoFlags) for field in dataclasses.fields(cls)}
+OTHER_FLAGS = {
+    field.name
+    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags)
+    for field in dataclasses.fields(cls)
+}
 OTHER_FLAGS |= {
     "compare",
     "tune",
@@ -73,6 +79,10 @@ def check_command(words: list[str]) -> None:
             check_train(arguments.training_script_args)
         case ["fusedit", "edit", *flags]:
             tyro.cli(EditFlags, args=flags, use_underscores=True)
+        case ["fusedit", "ema", *flags]:
+            tyro.cli(EmaFlags, args=flags, use_underscores=True)
+        case ["fusedit", "export", *flags]:
+            tyro.cli(ExportFlags, args=flags, use_underscores=True)
         case ["bash", ".ci/run", *_]:
             assert (ROOT / ".ci/run").is_file()
         case ["bash", "launch/demo.sh", *flags]:
@@ -115,6 +125,7 @@ def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
         "torchrun -m fusedit.launch.trains",
         "torchrun --nproc=gpu -m fusedit.launch.train --resolution=no",
         "fusedit edit model photo.jpg",
+        "fusedit ema run --length long --out new",
         "bash launch/tests.sh",
     ],
 )

@@ -2,32 +2,44 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 TEXT_WIDTH = 16
+POOLED_WIDTH, SIZE_WIDTH = 12, 4  # of XL: the pooled embedding, and each of six size ids
 VAE_FACTOR = 2
 INSTRUCTIONS = ("make it red", "make it blue", "add snow", "turn it into a painting")
 
 
 def save_tiny_pipeline(
-    folder: Path, *, in_channels: int = 4, prediction_type: str = "epsilon"
+    folder: Path, *, in_channels: int = 4, prediction_type: str = "epsilon", xl: bool = False
 ) -> Path:
     """Writes a pipeline in diffusers' format: text to image with 4 channels, edits with 8.
 
     The VAE halves each side; weights are the same at every call.
     """
+    if xl:
+        return _save_tiny_xl(folder, in_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tokenizer = _tokenizer()
@@ -59,7 +71,43 @@ def save_tiny_pipeline(
     return Path(folder)
 
 
-def _unet(in_channels: int) -> UNet2DConditionModel:
+def _save_tiny_xl(folder: Path, in_channels: int) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = _tokenizer()
+        text_encoder = _text_encoder(tokenizer)
+        second = _text_encoder(tokenizer, CLIPTextModelWithProjection, POOLED_WIDTH)
+        sizes = 6 * SIZE_WIDTH
+        unet = _unet(
+            in_channels,
+            cross_attention_dim=2 * TEXT_WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=SIZE_WIDTH,
+            projection_class_embeddings_input_dim=POOLED_WIDTH + sizes,
+            use_linear_projection=True,
+        )
+        vae = _vae()
+    scheduler = EulerDiscreteScheduler(  # as Stable Diffusion XL has it
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
+    )
+    edits = in_channels == 8
+    kind = StableDiffusionXLInstructPix2PixPipeline if edits else StableDiffusionXLPipeline
+    pipeline = kind(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _unet(in_channels: int, **other: Any) -> UNet2DConditionModel:
+    settings = {"cross_attention_dim": TEXT_WIDTH, **other}
     unet = UNet2DConditionModel(
         in_channels=in_channels,
         block_out_channels=(8, 16),
@@ -67,8 +115,8 @@ def _unet(in_channels: int) -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
-        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
+        **settings,
     )
     torch.nn.init.normal_(unet.conv_in.bias)
     return unet
@@ -86,9 +134,12 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
+def _text_encoder(
+    tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, projection: int = 512
+) -> Any:
+    return kind(
         CLIPTextConfig(
+            projection_dim=projection,
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=2 * TEXT_WIDTH,
@@ -112,9 +163,9 @@ def _tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
 
 
-def save_tiny_inputs(folder: Path, count: int = 8) -> Path:
+def save_tiny_inputs(folder: Path, count: int = 8, *, xl: bool = False) -> Path:
     """A folder with such a pipeline, base, and such a dataset, data."""
-    save_tiny_pipeline(folder / "base")
+    save_tiny_pipeline(folder / "base", xl=xl)
     save_tiny_dataset(folder / "data", count=count)
     return folder
 

@@ -6,10 +6,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
-from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPTextConfig
 
 from .config import ModelConfig
 from .errors import UsageError
+from .families import TextEncoder
 from .pretrained import Described
 
 
@@ -19,21 +20,23 @@ def blank_unet(described: Described) -> UNet2DConditionModel:
         return _made(UNet2DConditionModel.from_config({**described.unet, "in_channels": 8}))
 
 
-def blank_encoders(
-    section: ModelConfig, described: Described
-) -> tuple[AutoencoderKL, CLIPTextModel]:
-    """VAE and text encoder.
+def blank_encoders(section: ModelConfig, described: Described) -> tuple[AutoencoderKL, TextEncoder]:
+    """VAE and text encoders.
 
-    Raises: UsageError: the text encoder's configuration cannot be read.
+    Raises: UsageError: a text encoder's configuration cannot be read.
     """
-    text_config = _transformers_config(CLIPTextConfig, section, "text_encoder")
-    if text_config is None:
-        raise UsageError(
-            f"--pretrained_model_name_or_path {section.pretrained_model_name_or_path}: its "
-            "text_encoder/config.json cannot be read; give a pipeline in diffusers format"
-        )
+    parts = {}
+    for part, cls in described.family.text_encoders.items():
+        config = _transformers_config(CLIPTextConfig, section, part)
+        if config is None:
+            raise UsageError(
+                f"--pretrained_model_name_or_path {section.pretrained_model_name_or_path}: its "
+                f"{part}/config.json cannot be read; give a pipeline in diffusers format"
+            )
+        with torch.device("meta"):
+            parts[part] = cls(config)
     with torch.device("meta"):
-        return _made(AutoencoderKL.from_config(described.vae)), CLIPTextModel(text_config)
+        return _made(AutoencoderKL.from_config(described.vae)), TextEncoder(described.family, parts)
 
 
 def blank_safety_checker(section: ModelConfig) -> nn.Module | None:

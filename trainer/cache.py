@@ -4,6 +4,7 @@ Where the crop is not drawn, a position takes the same row, pair and mirror as w
 With --cache_crops it takes one of the crops that are kept, by a draw of its own.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from .cache_files import CacheFolder
 from .data import Order
 from .draws import Purpose, draw_uniform
 from .encoders import Samples
+from .families import SIZE_IDS, Text
 
 DRAWN_AT_ONCE = 4096  # positions: draws of many cost little more than of one
 
@@ -25,20 +27,16 @@ class CachedBatch(NamedTuple):
 
     latents: Tensor  # [3, n, 4, h, w]: the target's mean and std, the condition
     text: Tensor  # [n, tokens, width]
+    pooled: Tensor  # [n, pooled]
+    size_ids: Tensor  # [n, 6] fp32
     positions: Tensor  # [n] int64
     weights: Tensor  # [n] fp32
     errors: tuple[str, ...]  # of its bad samples; a list once pinned
 
     def to_samples(self, device: torch.device) -> Samples:
-        target_mean, target_std, condition = self.latents.to(device, non_blocking=True)
-        return Samples(
-            target_mean=target_mean,
-            target_std=target_std,
-            condition=condition,
-            text=self.text.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-        )
+        given = self.text, self.pooled, self.size_ids, self.positions, self.weights
+        sent = (tensor.to(device, non_blocking=True) for tensor in (*self.latents, *given))
+        return Samples(*sent)
 
 
 class Shelf:
@@ -49,19 +47,23 @@ class Shelf:
 
     def __init__(self, cache: CacheFolder) -> None:
         names, texts = cache.shards("pairs"), cache.shards("texts")
-        opened = [cache.open(name, "latents", "unit", "digest") for name in names]
-        units = np.concatenate([unit.numpy() for _, unit, _ in opened])
+        opened = [cache.open(name, "latents", "size_ids", "unit", "digest") for name in names]
+        units = np.concatenate([unit.numpy() for *_, unit, _ in opened])
         # Ascending and each once: builds that could not lock each other out may both have made it.
         units = units[:, 0] * PAIRS_A_ROW + units[:, 1]
         self.units, order = np.unique(units, return_index=True)
-        self.shard, self.place = (at[order] for at in _places([len(unit) for _, unit, _ in opened]))
+        self.shard, self.place = (
+            at[order] for at in _places([len(unit) for *_, unit, _ in opened])
+        )
         # As bytes, for numpy has no bf16: of a pair [mirrors x crops, 3, bytes].
-        self.latents = [_rows(latents, cache.shape.variants, 3) for latents, _, _ in opened]
+        self.latents = [_rows(latents, cache.shape.variants, 3) for latents, *_ in opened]
+        self.size_ids = [size_ids.flatten(1, 2) for _, size_ids, *_ in opened]
 
-        written = [cache.open(name, "text", "digest") for name in texts]
-        self.texts = [_rows(text) for text, _ in written]
-        self.text_shard, self.text_place = _places([len(text) for text, _ in written])
-        keys = as_keys(torch.cat([digest for _, digest in written]).numpy())
+        written = [cache.open(name, "text", "pooled", "digest") for name in texts]
+        self.texts = [_rows(text) for text, *_ in written]
+        self.pooled = [_rows(pooled) for _, pooled, _ in written]
+        self.text_shard, self.text_place = _places([len(text) for text, *_ in written])
+        keys = as_keys(torch.cat([digest for *_, digest in written]).numpy())
         self._sorted = np.argsort(keys)
         self._keys = keys[self._sorted]
         self.text = self.text_numbers(torch.cat([digest for *_, digest in opened]).numpy()[order])
@@ -116,12 +118,13 @@ class CachedPairs(Dataset[CachedBatch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[int]) -> CachedBatch:
-        """A micro-batch at once."""
+        """A micro-batch, of one step, at once."""
         shelf, shape, count = self._shelf, self._cache.shape, len(positions)
-        latents = torch.empty(3, count, *shape.latent, dtype=shape.dtype)
-        text = torch.empty(count, *shape.text, dtype=shape.dtype)
+        latent = shape.latents[self._order.bucket(positions[0])]
+        latents = torch.empty(3, count, *latent, dtype=shape.dtype)
+        text, size_ids = self._no_texts(count), torch.zeros(count, SIZE_IDS)
         weights, errors = torch.ones(count), []
-        latent_bytes, text_bytes = _rows(latents, count), _rows(text)
+        latent_bytes = _rows(latents, count)
         for index, position in enumerate(positions):
             unit, variant, error = self._choose(position)
             number = self._null_text
@@ -130,32 +133,50 @@ class CachedPairs(Dataset[CachedBatch]):
                 latent_bytes[:, index] = 0
                 errors += [error] if error is not None else []
             else:
-                pair = shelf.latents[shelf.shard[unit]][shelf.place[unit]]
-                latent_bytes[:, index] = pair[variant]
+                shard, place = shelf.shard[unit], shelf.place[unit]
+                latent_bytes[:, index] = shelf.latents[shard][place][variant]
+                size_ids[index] = shelf.size_ids[shard][place][variant]
                 number = shelf.text[unit]
-            text_bytes[index] = shelf.texts[shelf.text_shard[number]][shelf.text_place[number]]
-        return CachedBatch(latents, text, torch.tensor(positions), weights, tuple(errors))
+            self._read_text(text, index, number)
+        return CachedBatch(
+            latents, *text, size_ids, torch.tensor(positions), weights, tuple(errors)
+        )
 
     def collate(self, found: CachedBatch) -> CachedBatch:
         return found
 
-    def blank(self, count: int) -> CachedBatch:
-        """Samples of weight 0, in the shapes of all others."""
+    def blank(self, count: int, bucket: int = 0) -> CachedBatch:
+        """Samples of weight 0, in the shapes of all others of a bucket."""
         shape = self._cache.shape
+        null = self.null_text()
         return CachedBatch(
-            torch.zeros(3, count, *shape.latent, dtype=shape.dtype),
-            self.null_text().expand(count, -1, -1),
-            torch.zeros(count, dtype=torch.int64),
-            torch.zeros(count),
-            (),
+            latents=torch.zeros(3, count, *shape.latents[bucket], dtype=shape.dtype),
+            text=null.states.expand(count, -1, -1),
+            pooled=null.pooled.expand(count, -1),
+            size_ids=torch.zeros(count, SIZE_IDS),
+            positions=torch.zeros(count, dtype=torch.int64),
+            weights=torch.zeros(count),
+            errors=(),
         )
 
-    def null_text(self) -> Tensor:
-        """[1, tokens, width], the empty instruction's encoding."""
-        shelf, number = self._shelf, self._null_text
-        text = torch.empty(1, *self._cache.shape.text, dtype=self._cache.shape.dtype)
-        _rows(text)[0] = shelf.texts[shelf.text_shard[number]][shelf.text_place[number]]
+    def null_text(self) -> Text:
+        """The empty instruction's encoding."""
+        text = self._no_texts(1)
+        self._read_text(text, 0, self._null_text)
         return text
+
+    def _no_texts(self, count: int) -> Text:
+        shape = self._cache.shape
+        return Text(
+            torch.empty(count, *shape.text, dtype=shape.dtype),
+            torch.empty(count, shape.pooled, dtype=shape.dtype),
+        )
+
+    def _read_text(self, text: Text, index: int, number: int) -> None:
+        """Copies text `number` of the cache to place `index`."""
+        shard, place = self._shelf.text_shard[number], self._shelf.text_place[number]
+        _rows(text.states)[index] = self._shelf.texts[shard][place]
+        _rows(text.pooled)[index] = self._shelf.pooled[shard][place]
 
     def _open(self) -> None:
         self._shelf = Shelf(self._cache)
@@ -201,7 +222,10 @@ class CachedPairs(Dataset[CachedBatch]):
 
 def _rows(tensor: Tensor, *sizes: int) -> np.ndarray:
     """The bytes of a contiguous tensor, [its first size, *sizes, the rest]; no copy."""
-    return tensor.view(len(tensor), -1).view(torch.uint8).numpy().reshape(len(tensor), *sizes, -1)
+    count = len(tensor)
+    length = tensor.nbytes // (count * math.prod(sizes))
+    flat = tensor.view(count, tensor.numel() // count).view(torch.uint8)
+    return flat.numpy().reshape(count, *sizes, length)
 
 
 def _places(counts: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,18 +2,21 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .buckets import Buckets, square
 from .cache_files import CacheFolder, Shape
 from .config import DataConfig
 from .data import CENTRE, make_loader, transform
 from .draws import Purpose, draw_uniform
 from .encoders import Encoders
 from .errors import UsageError
+from .families import SIZE_IDS
 from .rows import BadSample, Rows
 from .world import World
 
@@ -27,16 +30,18 @@ MIRRORED = (0.9, 0.0)  # draws that do not mirror, and that do
 class Visit(NamedTuple):
     """A pair in all the forms that a cache keeps."""
 
-    original: Tensor  # [mirrors x crops, 3, resolution, resolution] uint8
+    original: Tensor  # [mirrors x crops, 3, height, width] uint8, of its bucket
     edited: Tensor
     tokens: Tensor  # [length] int64
+    size_ids: Tensor  # [mirrors x crops, 6] fp32
     error: str | None = None
 
 
 class VisitBatch(NamedTuple):
-    original: Tensor  # [n, mirrors x crops, 3, resolution, resolution] uint8
+    original: Tensor  # [n, mirrors x crops, 3, height, width] uint8
     edited: Tensor
     tokens: Tensor  # [n, length] int64
+    size_ids: Tensor  # [n, mirrors x crops, 6] fp32
     errors: Sequence[str | None]
 
 
@@ -106,9 +111,10 @@ class Visits:
         section: DataConfig,
         shape: Shape,
         tokenize: Callable[[str], Tensor],
+        buckets: Buckets,
     ) -> None:
         self._rows, self._units, self._section = rows, units, section
-        self._shape, self._tokenize = shape, tokenize
+        self._shape, self._tokenize, self._buckets = shape, tokenize, buckets
 
     def __getitems__(self, places: list[int]) -> list[Visit]:
         return [self._visit(*divmod(int(self._units[place]), PAIRS_A_ROW)) for place in places]
@@ -118,20 +124,23 @@ class Visits:
             original=torch.stack([visit.original for visit in found]),
             edited=torch.stack([visit.edited for visit in found]),
             tokens=torch.stack([visit.tokens for visit in found]),
+            size_ids=torch.stack([visit.size_ids for visit in found]),
             errors=[visit.error for visit in found],
         )
 
     def _visit(self, row: int, pair: int) -> Visit:
+        size = self._buckets.sizes[int(self._buckets.of_row[row])]
         try:
             original, edited, prompt = self._rows.read(row, (pair + 0.5) / self._rows.pairs(row))
         except BadSample as error:
-            side = self._section.resolution
-            zeros = torch.zeros(self._shape.variants, 3, side, side, dtype=torch.uint8)
-            return Visit(zeros, zeros, self._tokenize(""), str(error))
+            shape = self._shape.variants, 3, size.height, size.width
+            zeros = torch.zeros(shape, dtype=torch.uint8)
+            no_ids = torch.zeros(self._shape.variants, SIZE_IDS)
+            return Visit(zeros, zeros, self._tokenize(""), no_ids, str(error))
         draws = self._draws(row, pair)
-        cuts = [transform(original, edited, self._section, own) for own in draws]
-        originals, editeds = (torch.stack(images) for images in zip(*cuts, strict=True))
-        return Visit(originals, editeds, self._tokenize(prompt))
+        cuts = [transform(original, edited, self._section, own, size) for own in draws]
+        originals, editeds, size_ids = (torch.stack(parts) for parts in zip(*cuts, strict=True))
+        return Visit(originals, editeds, self._tokenize(prompt), size_ids)
 
     def _draws(self, row: int, pair: int) -> list[tuple[float, ...]]:
         """Of each mirror and crop; where no draw changes the crop, the middle."""
@@ -175,14 +184,28 @@ class Build:
         missing: np.ndarray,
         tokenize: Callable[[str], Tensor],
         stop_requested: Callable[[], bool],
+        buckets: Buckets | None = None,
     ) -> bool:
         """Encodes the pairs that are missing; False when it was stopped before the end.
+
+        Args:
+            missing: [n] int64, of `missing_units`.
+            buckets: by default the square alone.
 
         Raises: UsageError, on all ranks alike: an unreadable pair that may not be skipped, or no
             space is left.
         """
         shape = self.cache.shape
-        shards = self._cut(len(missing), shape.pair_bytes)
+        buckets = buckets or square(self.section.resolution, len(rows))
+        of_unit = buckets.of_row.numpy()[missing // PAIRS_A_ROW]
+        in_order = np.argsort(of_unit, kind="stable")  # those of a bucket behind each other
+        missing, of_unit = missing[in_order], of_unit[in_order]
+        starts = np.flatnonzero(np.diff(of_unit, prepend=-1))
+        shards = [
+            range(start + shard.start, start + shard.stop)
+            for start, stop in pairwise([*starts.tolist(), len(missing)])
+            for shard in self._cut(stop - start, shape.pair_bytes)
+        ]
         mine = shards[self.world.rank :: self.world.size]
         step = max(1, self.encode_at_once // shape.variants)
         batches = [
@@ -190,7 +213,7 @@ class Build:
         ]
         loader = iter(
             make_loader(
-                Visits(rows, missing, self.section, shape, tokenize),
+                Visits(rows, missing, self.section, shape, tokenize, buckets),
                 batches,
                 workers=self.section.dataloader_num_workers if batches else 0,
                 prefetch=self.section.dataloader_prefetch,
@@ -200,7 +223,8 @@ class Build:
         for number in range(-(-len(shards) // self.world.size)):
             with self.world.together():
                 if number < len(mine):
-                    self._write_pairs(missing[list(mine[number])], loader)
+                    own = list(mine[number])
+                    self._write_pairs(missing[own], int(of_unit[own[0]]), loader)
             if self.world.highest(stop_requested()):
                 return False
         return True
@@ -220,9 +244,10 @@ class Build:
             for shard in shards[self.world.rank :: self.world.size]:
                 own = tokens[list(shard)]
                 parts = own.split(self.encode_at_once)
-                encoded = [self.encoders.encode_text(p.to(self.world.device)).cpu() for p in parts]
+                encoded = [self.encoders.encode_text(p.to(self.world.device)) for p in parts]
+                text, pooled = (torch.cat(part).cpu() for part in zip(*encoded, strict=True))
                 digest = torch.from_numpy(np.stack([text_digest(one) for one in own]))
-                tensors = {"text": torch.cat(encoded), "digest": digest}
+                tensors = {"text": text, "pooled": pooled, "digest": digest}
                 self.written(self.cache.write("texts", tensors, {}))
 
     def _cut(self, total: int, each_bytes: int) -> list[range]:
@@ -232,10 +257,10 @@ class Build:
         each = max(1, -(-total // max(rounds * self.world.size, 1)))
         return [range(start, min(start + each, total)) for start in range(0, total, each)]
 
-    def _write_pairs(self, units: np.ndarray, loader: Iterator[VisitBatch]) -> None:
-        shape = self.cache.shape
-        latents = torch.empty((len(units), shape.variants, *shape.latents_shape[2:]))
-        latents = latents.to(shape.dtype)
+    def _write_pairs(self, units: np.ndarray, bucket: int, loader: Iterator[VisitBatch]) -> None:
+        shape, of_pair = self.cache.shape, self.cache.shape.latents_shape(bucket)
+        latents = torch.empty(len(units), shape.variants, *of_pair[2:], dtype=shape.dtype)
+        size_ids = torch.empty(len(units), shape.variants, SIZE_IDS)
         tokens: list[Tensor] = []
         bad: dict[str, str] = {}
         while len(tokens) < len(units):
@@ -249,13 +274,15 @@ class Build:
                     f"{next(iter(bad.values()))}; --on_bad_sample skip goes on without it"
                 )
             count = len(batch.tokens)
-            latents[len(tokens) : len(tokens) + count] = self._encode(batch)
+            here = slice(len(tokens), len(tokens) + count)
+            latents[here], size_ids[here] = self._encode(batch), batch.size_ids
             tokens += batch.tokens.to(torch.int32)
             self.done(count)
         name = self.cache.write(
             "pairs",
             {
-                "latents": latents.reshape(-1, *shape.latents_shape),
+                "latents": latents.reshape(-1, *of_pair),
+                "size_ids": size_ids.unflatten(1, (shape.mirrors, shape.crops)),
                 "unit": torch.from_numpy(np.stack(np.divmod(units, PAIRS_A_ROW), axis=1)),
                 "tokens": torch.stack(tokens),
                 "digest": torch.from_numpy(np.stack([text_digest(one) for one in tokens])),

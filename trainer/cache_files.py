@@ -2,10 +2,12 @@
 
     DIR/0123456789abcdef/         the first digits of the key's hash
       manifest.json               the key in the clear, shapes, size and SHA-256 of each shard
-      pairs-....safetensors       latents [pairs, mirrors, crops, 3, 4, h, w]: mean, std, condition
+      pairs-....safetensors       latents [pairs, mirrors, crops, 3, 4, h, w]: mean, std, condition;
+                                  pairs of one bucket
                                   unit [pairs, 2] int64: row, and which of its pairs
+                                  size_ids [pairs, mirrors, crops, 6] fp32
                                   tokens [pairs, length] int32, digest [pairs, 16] uint8: its text
-      texts-....safetensors       text [n, length, width], digest [n, 16] uint8
+      texts-....safetensors       text [n, tokens, width], pooled [n, pooled], digest [n, 16] uint8
       pairs-....json              the same of a shard that the manifest does not list yet
 
 A shard counts once its line in a JSON file says so, which is written after it. So a kill at any
@@ -16,7 +18,7 @@ cache serves every choice of rows, and grows by those that it lacks.
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -25,8 +27,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .buckets import Size
 from .config import DataConfig
 from .errors import UsageError
+from .families import SIZE_IDS, text_widths
 from .files import cannot_write, differs, write_tensors, write_text
 from .pretrained import Described
 
@@ -39,38 +43,42 @@ class Shape(NamedTuple):
 
     mirrors: int  # 1, or 2: as it is, then mirrored
     crops: int
-    latent: tuple[int, ...]  # [channels, height, width]
+    latents: tuple[tuple[int, ...], ...]  # [channels, height, width] of each bucket
     text: tuple[int, ...]  # [tokens, width]
+    pooled: int  # width; 0 where the UNet takes none
     dtype: torch.dtype
 
     @property
     def variants(self) -> int:
         return self.mirrors * self.crops
 
-    @property
-    def latents_shape(self) -> tuple[int, ...]:
+    def latents_shape(self, bucket: int) -> tuple[int, ...]:
         """Of one pair: [mirrors, crops, 3, channels, height, width]."""
-        return self.mirrors, self.crops, 3, *self.latent
+        return self.mirrors, self.crops, 3, *self.latents[bucket]
 
     @property
     def pair_bytes(self) -> int:
-        return torch.Size(self.latents_shape).numel() * self.dtype.itemsize
+        """At most."""
+        largest = max(torch.Size(latent).numel() for latent in self.latents)
+        return self.variants * (3 * largest * self.dtype.itemsize + SIZE_IDS * 4)
 
     @property
     def text_bytes(self) -> int:
-        return torch.Size(self.text).numel() * self.dtype.itemsize
+        return (torch.Size(self.text).numel() + self.pooled) * self.dtype.itemsize
 
 
 def shape_of(
-    section: DataConfig, described: Described, text_width: int, dtype: torch.dtype
+    section: DataConfig, sizes: Sequence[Size], described: Described, dtype: torch.dtype
 ) -> Shape:
-    """What a run's cache keeps."""
-    side = section.resolution // described.vae_factor
+    """What a run's cache keeps of pairs of these sizes."""
+    factor, channels = described.vae_factor, described.vae.get("latent_channels", 4)
+    states, pooled = text_widths(described.unet)
     return Shape(
         mirrors=2 if section.random_flip else 1,
         crops=section.cache_crops or 1,
-        latent=(described.vae.get("latent_channels", 4), side, side),
-        text=(described.tokenizer.model_max_length, text_width),
+        latents=tuple((channels, at.height // factor, at.width // factor) for at in sizes),
+        text=(described.tokens, states),
+        pooled=pooled,
         dtype=dtype,
     )
 
@@ -126,8 +134,9 @@ class CacheFolder:
         shards, shape = self.shards(), self.shape
         manifest = {
             "key": self.parts,
-            "latents": shape.latents_shape,
+            "latents": shape.latents,
             "text": shape.text,
+            "pooled": shape.pooled,
             "dtype": str(shape.dtype).removeprefix("torch."),
             "shards": shards,
         }

@@ -6,6 +6,7 @@ Not among it: seed, batch, ranks, learning rate, and which rows a run takes. The
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .buckets import Size
 from .config import DataConfig
+from .families import TextEncoder
 
-FORMAT = 1
+FORMAT = 2
 KEY_DIGITS = 16  # of the hash, in a folder's name
 OF_A_FOLDER = (
     "_name_or_path",
@@ -30,18 +33,22 @@ def key_parts(
     dataset: str,
     rows: int,
     section: DataConfig,
+    sizes: Sequence[Size],
     vae: nn.Module,
-    text_encoder: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: TextEncoder,
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     dtype: torch.dtype,
+    vae_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The parts of a cache's key in the clear, for its manifest.
 
     Args:
         dataset: fingerprint of its rows.
         rows: how many it has.
+        sizes: of its buckets.
         vae, text_encoder: in fp32, on the CPU.
-        dtype: what they will encode in.
+        dtype: of the text encoders and of what is kept.
+        vae_dtype: what the VAE will encode in.
     """
     return {
         "format": FORMAT,
@@ -53,15 +60,21 @@ def key_parts(
             section.edit_prompt_column,
         ],
         "resolution": section.resolution,
+        "sizes": [list(size) for size in sizes],
         "max_resize": section.max_resize or section.resolution,
         "interpolation": section.interpolation,
         "center_crop": section.center_crop,
+        "crops_coords_top_left": [
+            section.crops_coords_top_left_h,
+            section.crops_coords_top_left_w,
+        ],
         "random_flip": section.random_flip,
         "cache_crops": section.cache_crops,
         "vae": _of_module(vae),
-        "text_encoder": _of_module(text_encoder),
-        "tokenizer": _of_tokenizer(tokenizer),
+        "text_encoders": [_of_module(part) for part in text_encoder.parts.values()],
+        "tokenizers": [_of_tokenizer(tokenizer) for tokenizer in tokenizers],
         "dtype": str(dtype).removeprefix("torch."),
+        "vae_dtype": str(vae_dtype).removeprefix("torch."),
     }
 
 

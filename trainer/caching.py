@@ -84,7 +84,7 @@ def open_cache(
     filling.free_encoders()
     with world.together():
         seed, mirrors = plan.config.loop.seed, plan.config.data.random_flip
-        order = Order(plan.train_rows, seed, plan.global_batch)
+        order = Order(plan.train_rows, seed, plan.global_batch, plan.buckets.of_row)
         pairs = CachedPairs(filling.cache, order, seed, mirrors, filling.null_tokens)
     return pairs
 
@@ -97,7 +97,7 @@ class Filling:
 
     def __init__(self, plan: Plan, world: World) -> None:
         self.plan, self.world, self.data = plan, world, plan.config.data
-        self.tokenize = make_tokenize(plan.described.tokenizer)
+        self.tokenize = make_tokenize(plan.described.tokenizers)
         self.null_tokens = self.tokenize("")[None]
         self.wanted = wanted_units(plan.rows, plan.train_rows)
         self.missing = self.wanted
@@ -116,13 +116,14 @@ class Filling:
                 dataset,
                 len(plan.rows),
                 self.data,
+                plan.buckets.sizes,
                 self.vae,
                 self.text_encoder,
-                plan.described.tokenizer,
+                plan.described.tokenizers,
                 plan.dtype,
+                plan.vae_dtype,
             )
-            width = self.text_encoder.config.hidden_size
-            shape = shape_of(self.data, plan.described, width, plan.dtype)
+            shape = shape_of(self.data, plan.buckets.sizes, plan.described, plan.dtype)
             root = plan.output / "cache" if is_url(where) else Path(where).expanduser()
             if root.exists() and not root.is_dir():
                 raise UsageError(f"--cache_latents {root} is a file; give a folder")
@@ -194,6 +195,7 @@ class Filling:
                 self.null_tokens,
                 self.world.device,
                 self.plan.dtype,
+                vae_dtype=self.plan.vae_dtype,
                 fused=self.world.device.type == "cuda" and not self.plan.config.precision.plain,
             ),
             self.data,
@@ -202,7 +204,8 @@ class Filling:
             done=Told(len(self.missing), self.world).add,
             written=self._written,
         )
-        if not build.pairs(self.plan.rows, self.missing, self.tokenize, stop_requested):
+        given = self.plan.rows, self.missing, self.tokenize, stop_requested, self.plan.buckets
+        if not build.pairs(*given):
             if self.world.is_main:
                 _say("stopped: the same command goes on with the cache from here")
             return False

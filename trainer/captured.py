@@ -3,14 +3,16 @@
 The first updates run one by one, as real ones: kernels are compiled, memory is found, and DDP,
 which times its first ten synchronized iterations by reading events, has done so. Then one update is
 captured and from there on replayed: micro-steps, all-reduce, clip, optimizer, averages and loss
-scale. What changes from one to the next is copied to where the graph reads it.
+scale. What changes from one to the next is copied to where the graph reads it. Each bucket of
+images has a graph of its own; all take their memory from one pool, for one runs at a time.
 Source: PyTorch's notes on CUDA graphs, "Usage with DistributedDataParallel".
 """
 
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -31,11 +33,17 @@ class Graph(Protocol):
     def reset(self) -> None: ...
 
 
-Record = Callable[[Callable[[], StepResult]], tuple[Graph, StepResult]]
+Record = Callable[[Callable[[], StepResult], Graph | None], tuple[Graph, StepResult]]
 
 
-def record_graph(call: Callable[[], StepResult]) -> tuple[Graph, StepResult]:
-    """Captures a call on the current stream; it runs with the first replay."""
+def record_graph(
+    call: Callable[[], StepResult], beside: Any = None
+) -> tuple[torch.cuda.CUDAGraph, StepResult]:
+    """Captures a call on the current stream; it runs with the first replay.
+
+    Args:
+        beside: a graph whose memory it shares: they never run at the same time.
+    """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     gc.collect()  # a finalizer that unloads a kernel would end the capture
@@ -43,7 +51,12 @@ def record_graph(call: Callable[[], StepResult]) -> tuple[Graph, StepResult]:
     gc.disable()
     try:
         # Held to what a capture allows is this thread alone: the loader's pins memory meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph,
+            pool=None if beside is None else beside.pool(),
+            stream=stream,
+            capture_error_mode="thread_local",
+        ):
             result = call()
     except RuntimeError as error:
         cause: BaseException = error  # the end of a capture fails, too, and hides why
@@ -81,36 +94,50 @@ class Captured:
     ) -> None:
         self.update, self.together, self.record = update, together, record
         self.left = eager_steps
-        self.inputs: tuple[list[Samples], Rates] | None = None  # in one place, whoever reads them
-        self.graph: Graph | None = None
+        self.buckets: dict[torch.Size, Bucket] = {}  # by the shape of their latents
+        self.first: Graph | None = None  # that was captured
 
     def __call__(self, micro_batches: Sequence[Samples], rates: Rates) -> StepResult:
-        inputs = self._keep(micro_batches, rates)
-        if self.left:
-            self.left -= 1
-            return self.update(*inputs)
-        if self.graph is None:
+        shape = micro_batches[0].target_mean.shape
+        if shape not in self.buckets:
+            self.buckets[shape] = Bucket(micro_batches, rates)
+        bucket = self.buckets[shape]
+        bucket.take(micro_batches, rates)
+        if self.left or not bucket.ran:
+            self.left = max(0, self.left - 1)
+            bucket.ran = True
+            return self.update(bucket.samples, bucket.rates)
+        if bucket.graph is None:
             with self.together():
-                self.graph, self.result = self.record(lambda: self.update(*inputs))
-        self.graph.replay()
-        return StepResult(*(value.clone() for value in self.result))  # the next replay overwrites
+                call = partial(self.update, bucket.samples, bucket.rates)
+                bucket.graph, bucket.result = self.record(call, self.first)
+                self.first = self.first or bucket.graph
+        bucket.graph.replay()
+        # The next replay overwrites what this one has returned.
+        return StepResult(*(value.clone() for value in bucket.result))
 
     def close(self) -> None:
-        """Gives the graph back; before the process group goes, whose work it holds."""
-        if self.graph is not None:
-            self.graph.reset()
-            self.graph = None
+        """Gives the graphs back; before the process group goes, whose work they hold."""
+        for bucket in self.buckets.values():
+            if bucket.graph is not None:
+                bucket.graph.reset()
+                bucket.graph = None
 
-    def _keep(self, micro_batches: Sequence[Samples], rates: Rates) -> tuple[list[Samples], Rates]:
-        """Copies the inputs to where the first ones were copied, from where a graph reads them."""
-        if self.inputs is None:
-            kept = [Samples(*(tensor.clone() for tensor in batch)) for batch in micro_batches]
-            self.inputs = kept, Rates(*(rate.clone() for rate in rates))
-            return self.inputs
-        kept, kept_rates = self.inputs
-        pairs = zip((*kept, kept_rates), (*micro_batches, rates), strict=True)
+
+class Bucket:
+    """Updates of one shape: their inputs, in one place, where a graph reads them, and the graph."""
+
+    def __init__(self, micro_batches: Sequence[Samples], rates: Rates) -> None:
+        self.samples = [Samples(*(tensor.clone() for tensor in batch)) for batch in micro_batches]
+        self.rates = Rates(*(rate.clone() for rate in rates))
+        self.ran = False  # one by one, so that what is found at the first time has been
+        self.graph: Graph | None = None
+        self.result: StepResult  # of the graph
+
+    def take(self, micro_batches: Sequence[Samples], rates: Rates) -> None:
+        """Copies the inputs to their place."""
+        pairs = zip((*self.samples, self.rates), (*micro_batches, rates), strict=True)
         for place, value in (pair for old, new in pairs for pair in zip(old, new, strict=True)):
             if place.shape != value.shape:
                 raise ValueError(f"an update of {list(place.shape)}, then {list(value.shape)}")
             place.copy_(value)
-        return self.inputs

@@ -5,14 +5,16 @@
       state.json        step, global batch, loss scale, settings, versions
       manifest.json     size and SHA-256 of each file above
 
-A kill at any moment leaves the older checkpoints as they were and at most a hidden folder, which
-the next start removes. Nothing is pickled.
+Those of a sharded run hold files of each rank instead: see sharded_checkpoint.py. A kill at any
+moment leaves the older checkpoints as they were and at most a hidden folder, which the next start
+removes. Nothing is pickled.
 """
 
 import json
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,34 +45,77 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
     Raises: UsageError: no space is left, or root cannot be written; older checkpoints still stand.
     """
     final = root / f"checkpoint-{step}"
-    if final.exists():
-        if broken(final) is None:
-            return final
-        final.rename(_free_name(root / f"{final.name}.aside"))  # kept for whoever wants to look
-    partial = root / f".{final.name}.partial"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    if is_there(final):
+        return final
+    with removed_if_it_fails(final) as partial, disk_errors(final):
+        begin(partial)
         for stem, tensors in checkpoint.tensors.items():
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, partial / f"{stem}.safetensors")
-        state = partial / "state.json"
-        state.write_text(json.dumps(checkpoint.state, indent=1))
-        for path in partial.iterdir():  # safetensors lets nobody but the owner read
-            path.chmod(state.stat().st_mode)
-        files = {path.name: fingerprint(path) for path in sorted(partial.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
-        partial.rename(final)
-        sync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise cannot_write(final, error) from None
-    _delete_older(root, step, keep)
+        finish(final, step, checkpoint.state, fingerprints(partial, "*.safetensors"))
+    delete_older(root, step, keep)
     return final
+
+
+def is_there(final: Path) -> bool:
+    """Whether a checkpoint of this name is there and whole; a broken one is set aside."""
+    if not final.exists():
+        return False
+    whole = broken(final) is None
+    if not whole:
+        final.rename(_free_name(final.with_name(f"{final.name}.aside")))  # for who wants to look
+    return whole
+
+
+@contextmanager
+def removed_if_it_fails(final: Path, *, removes: bool = True) -> Iterator[Path]:
+    """Gives the hidden folder that becomes `final`."""
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        yield partial
+    except UsageError:
+        if removes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def disk_errors(final: Path) -> Iterator[None]:
+    """Raises UsageError: for what a disk refuses inside."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(final, error) from None
+
+
+def begin(partial: Path) -> None:
+    """Makes the hidden folder, empty."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+
+
+def fingerprints(partial: Path, pattern: str) -> dict[str, Any]:
+    """Of the files just written, which are on the disk when this returns; all may read them."""
+    found = {}
+    for path in sorted(partial.glob(pattern)):
+        path.chmod(partial.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
+        found[path.name] = fingerprint(path)
+        sync(path)
+    return found
+
+
+def finish(final: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
+    """Adds state and manifest to what was written, and gives the folder its name."""
+    partial = final.with_name(f".{final.name}.partial")
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    files = files | fingerprints(partial, "state.json")
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (partial / MANIFEST, partial):
+        sync(path)
+    partial.rename(final)
+    sync(final.parent)
 
 
 def check(folder: Path) -> None:
@@ -173,7 +218,7 @@ def _accelerate_message(folder: Path) -> str:
     )
 
 
-def _delete_older(root: Path, step: int, keep: int | None) -> None:
+def delete_older(root: Path, step: int, keep: int | None) -> None:
     """Runs only after the new checkpoint is whole; later ones, which are broken, do not count."""
     if keep is not None:
         older = sorted((other for other in steps(root) if other < step), reverse=True)

@@ -7,12 +7,13 @@ must first agree with eager PyTorch on this device, with real shapes.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.tensor import DTensor
 
 from .encoders import Samples
 from .errors import UsageError
@@ -22,7 +23,14 @@ Parts = Literal["blocks", "whole"]
 # Of a gradient's L2 norm, and of all gradients' typical one, for those that all but vanish. Sums in
 # another order stay below, a gradient that is wrong does not.
 TOLERANCES = {torch.float32: (1e-2, 1e-4), torch.bfloat16: (0.2, 1e-2), torch.float16: (0.2, 1e-2)}
+COMPILED_FORMS = 8  # of a code object for one size of images; PyTorch's own limit
 NAMED = 3  # parameters in a message
+
+
+def allow_forms(buckets: int) -> None:
+    """Raises dynamo's limit to what so many sizes of images are compiled for, each anew."""
+    limit = COMPILED_FORMS * buckets
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
 def compile_unet(unet: UNet2DConditionModel, parts: Parts, backend: str = "inductor") -> None:
@@ -99,12 +107,17 @@ def differing(
 
 def _gradients(unet: nn.Module, loss_fn, samples: Samples) -> dict[str, Tensor]:
     """By name; the parameters' own stay theirs, for `Masters` reads them where they lie."""
-    named = dict(unet.named_parameters())
+    named = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     own = {name: parameter.grad for name, parameter in named.items()}
     for parameter in named.values():
         parameter.grad = None
     loss_fn(unet, samples).backward()
-    found: dict[str, Tensor] = {name: p.grad for name, p in named.items()}  # pyright: ignore
+    found = {name: _part(cast(Tensor, p.grad)) for name, p in named.items()}
     for name, parameter in named.items():
         parameter.grad = own[name]
     return found
+
+
+def _part(gradient: Tensor) -> Tensor:
+    """All of it, or the part that this rank has of a sharded one."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -5,7 +5,7 @@ command lines run unchanged; flags it does not have are marked "ours". A comment
 its help text on the command line.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from .errors import UsageError
@@ -15,6 +15,11 @@ LrScheduler = Literal[
 ]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Format = Literal["fp32", "bf16"]
+PredictionType = Literal["epsilon", "v_prediction"]
+POLYNOMIAL_END = 1e-7  # the learning rate that diffusers' polynomial ends at
+LONGEST_EMA = 12**-0.5  # relative standard deviation of the plain mean over all steps
+Keeps = Literal["nothing", "attention", "products"]
+Sharding = Literal["ddp", "fsdp", "hsdp"]
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -22,6 +27,19 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 def _at_least(flag: str, value: float | None, least: float) -> None:
     if value is not None and not value >= least:
         raise UsageError(f"--{flag} must be {least} or more, got {value}")
+
+
+def check_ema_length(told: str, length: float) -> None:
+    """Raises UsageError for a relative standard deviation that no power-law average has.
+
+    Args:
+        told: the flag and its value.
+    """
+    if not 0 < length <= LONGEST_EMA:
+        raise UsageError(
+            f"{told}: a length is above 0 and at most {LONGEST_EMA:.4f}, which is the mean over "
+            "all steps; for instance 0.05 and 0.1"
+        )
 
 
 def _share(flag: str, value: float | None) -> None:
@@ -34,6 +52,7 @@ class ModelConfig:
     """Where the pipeline to start from comes from."""
 
     pretrained_model_name_or_path: str | None = None  # pipeline folder, or its name on the hub
+    pretrained_vae_model_name_or_path: str | None = None  # folder or hub name of another VAE
     unet: str | None = None  # ours: folder of a UNet to start from instead of the pipeline's
     revision: str | None = None  # branch, tag or commit on the hub
     variant: str | None = None  # weight files to take, for instance fp16
@@ -61,6 +80,9 @@ class DataConfig:
     max_resize: int | None = None  # ours: short side drawn from --resolution to this (paper: 288)
     interpolation: Interpolation = "bicubic"  # ours: of the resize of the short side
     center_crop: bool = False  # crop the middle instead of a random place
+    crops_coords_top_left_h: int | None = None  # XL is told this row of each crop, not its own
+    crops_coords_top_left_w: int | None = None  # XL is told this column of each crop, not its own
+    buckets: bool = False  # ours: pairs keep their shape, in sizes of about resolution x resolution
     random_flip: bool = False  # mirror half of the pairs, decided for each pair
     cache_latents: str | None = None  # ours: folder or URL of encodings, trained from; off: none
     cache_crops: int | None = None  # ours: random crops of each pair that --cache_latents keeps
@@ -145,6 +167,89 @@ class ConditioningConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionConfig:
+    """What the UNet learns to predict, from which noise, and how much each timestep counts.
+
+    Names are those of diffusers' train_text_to_image.py where it has them.
+    """
+
+    prediction_type: PredictionType | None = None  # ours: instead of what the pipeline predicts
+    rescale_betas_zero_snr: bool = False  # ours: the last timestep is pure noise; v_prediction only
+    min_timestep: int = 0  # ours: the first timestep that is trained
+    max_timestep: int | None = None  # ours: trained are those below; default: all
+    snr_gamma: float | None = None  # ours: min-SNR weights of the loss (paper: 5)
+    noise_offset: float = 0.0  # ours: of a normal that is added to each channel's noise (0.1)
+    input_perturbation: float = 0.0  # ours: of more noise that is not predicted (paper: 0.1)
+
+    def __post_init__(self) -> None:
+        _at_least("min_timestep", self.min_timestep, 0)
+        _at_least("max_timestep", self.max_timestep, 1)
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise UsageError(
+                f"--snr_gamma must be above 0, got {self.snr_gamma}; leave it out for equal weights"
+            )
+        for name in ("noise_offset", "input_perturbation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+
+    def check(self) -> None:
+        """Raises UsageError when flags do not go together."""
+        if self.max_timestep is not None and self.min_timestep >= self.max_timestep:
+            raise UsageError(
+                f"--min_timestep {self.min_timestep} must be below --max_timestep "
+                f"{self.max_timestep}, which is not trained itself"
+            )
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UsageError(
+                "--rescale_betas_zero_snr is not --prediction_type epsilon, which pure noise has "
+                "nothing to learn from: take v_prediction"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """A LoRA in place of the whole UNet; conv_in, which has new channels, is trained in full."""
+
+    lora_rank: int | None = None  # ours: trains an adapter of this rank (pip install fusedit[lora])
+    lora_alpha: float | None = None  # ours: the adapter counts alpha / rank; default: the rank
+    lora_targets: str = "to_k,to_q,to_v,to_out.0"  # ours: layers that get it, by name's end
+    lora_dropout: float = 0.0  # ours: share of its inputs that an adapter does not see in training
+    use_dora: bool = False  # ours: DoRA, an adapter with the norm of each output beside it
+
+    def __post_init__(self) -> None:
+        _at_least("lora_rank", self.lora_rank, 1)
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UsageError(f"--lora_alpha must be above 0, got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+        if not all(self.targets):
+            raise UsageError(
+                f"--lora_targets is a list of names between commas, got {self.lora_targets!r}"
+            )
+        if any(target.split(".")[-1] == "conv_in" for target in self.targets):
+            raise UsageError(
+                f"--lora_targets {self.lora_targets}: conv_in is trained in full; leave it out"
+            )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_targets.split(","))
+
+    @property
+    def alpha(self) -> float | None:
+        """By default the rank."""
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def check_rank(self) -> None:
+        """Raises UsageError when a flag says something of an adapter that is not asked for."""
+        for field_ in fields(self) if self.lora_rank is None else ():
+            value = getattr(self, field_.name)
+            if value != field_.default:
+                told = "" if value is True else f" {value}"
+                raise UsageError(f"--{field_.name}{told} needs --lora_rank; or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """AdamW, its schedule, and the averaged copy of the weights."""
 
@@ -152,6 +257,8 @@ class OptimConfig:
     scale_lr: bool = False  # multiply the learning rate by the samples of one optimizer step
     lr_scheduler: LrScheduler = "constant"  # counted in optimizer steps
     lr_warmup_steps: int = 500  # optimizer steps; "constant" has no warm-up whatever this says
+    lr_num_cycles: int = 1  # ours: waves of cosine_with_restarts
+    lr_power: float = 1.0  # ours: of polynomial
     use_8bit_adam: bool = False  # AdamW with 8-bit moments (pip install fusedit[8bit]; needs a GPU)
     adam_moments_dtype: Format = "fp32"  # ours: bf16 rounds by chance, right on average
     adam_beta1: float = 0.9
@@ -161,10 +268,14 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # global L2 norm, clipped once an optimizer step; inf: never
     use_ema: bool = False  # keep an averaged copy and export it; the raw weights are kept too
     ema_decay: float = 0.9999  # ours: after the warm-up (1 + n) / (10 + n), as in the paper's code
+    post_hoc_ema: tuple[float, ...] = ()  # ours: lengths to choose another from later, 0.05 0.1
 
     def __post_init__(self) -> None:
         _at_least("learning_rate", self.learning_rate, 0)
         _at_least("lr_warmup_steps", self.lr_warmup_steps, 0)
+        _at_least("lr_num_cycles", self.lr_num_cycles, 1)
+        if not 0 < self.lr_power < float("inf"):
+            raise UsageError(f"--lr_power must be above 0, got {self.lr_power}")
         _at_least("adam_weight_decay", self.adam_weight_decay, 0)
         _at_least("adam_epsilon", self.adam_epsilon, 0)
         for name in ("adam_beta1", "adam_beta2"):
@@ -179,6 +290,34 @@ class OptimConfig:
             raise UsageError(
                 f"--adam_moments_dtype {self.adam_moments_dtype} is not --use_8bit_adam: leave out "
                 "one"
+            )
+        told = f"--post_hoc_ema {' '.join(map(str, self.post_hoc_ema))}"
+        for length in self.post_hoc_ema:
+            check_ema_length(told, length)
+        if len(set(self.post_hoc_ema)) < len(self.post_hoc_ema):
+            raise UsageError(f"{told}: each length is kept once; leave out the second")
+
+    @property
+    def averages(self) -> int:
+        """How many averaged copies move with the weights."""
+        return self.use_ema + len(self.post_hoc_ema)
+
+    def check(self) -> None:
+        """Raises UsageError when a flag has no meaning in the schedule that was chosen."""
+        for flag, value, default, serves in (
+            ("lr_num_cycles", self.lr_num_cycles, 1, "cosine_with_restarts"),
+            ("lr_power", self.lr_power, 1.0, "polynomial"),
+        ):
+            if value != default and self.lr_scheduler != serves:
+                raise UsageError(
+                    f"--{flag} {value} is for --lr_scheduler {serves}, not {self.lr_scheduler}: "
+                    "leave out one"
+                )
+        low = self.learning_rate <= POLYNOMIAL_END and not self.scale_lr
+        if self.lr_scheduler == "polynomial" and low:
+            raise UsageError(
+                f"--learning_rate {self.learning_rate} must be above {POLYNOMIAL_END}, at which "
+                "--lr_scheduler polynomial ends"
             )
 
 
@@ -220,10 +359,16 @@ class PrecisionConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = (
         None  # default: bf16 on a GPU, no on CPU
     )
+    vae_precision: Literal["fp32", "fp16", "bf16"] | None = (
+        None  # default: mixed_precision's; fp32 with XL's own VAE
+    )
     param_dtype: Format = "fp32"  # ours: of the UNet's weights; bf16 has fp32 masters beside it
     all_reduce_dtype: Format = "fp32"  # ours: of gradients on their way between ranks
+    sharding: Sharding = "ddp"  # ours: parts of the UNet on all ranks; hsdp: of a machine
     allow_tf32: bool = False  # TF32 matrix products where fp32 is asked for
     gradient_checkpointing: bool = False  # less memory, a slower backward
+    checkpointing_keeps: Keeps = "nothing"  # ours: results that are not made again in the backward
+    checkpointing_levels: int | None = None  # ours: the UNet's levels, from the largest maps; all
     attention: Attention = "auto"  # ours: fastest as measured, our kernels, or PyTorch's
     enable_xformers_memory_efficient_attention: bool = False  # no effect: see --attention
     deterministic: bool = False  # ours: the same bits on every run on a GPU too (CPU always has)
@@ -232,6 +377,7 @@ class PrecisionConfig:
     plain: bool = False  # ours: diffusers' own modules on a GPU too, not the fused kernels
 
     def __post_init__(self) -> None:
+        _at_least("checkpointing_levels", self.checkpointing_levels, 1)
         if self.plain and self.attention not in ("auto", "sdpa"):
             raise UsageError(
                 f"--attention {self.attention} is not --plain, which is PyTorch's: leave out one"
@@ -240,17 +386,27 @@ class PrecisionConfig:
             raise UsageError(f"--compile {self.compile} is not --plain: leave out one")
         if self.plain and self.cuda_graphs == "on":
             raise UsageError("--cuda_graphs on is not --plain: leave out one")
+        if self.sharding != "ddp" and self.cuda_graphs == "on":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --cuda_graphs on: gathers are not captured; "
+                "take --cuda_graphs auto"
+            )
+        if self.sharding != "ddp" and self.compile == "whole":
+            raise UsageError(
+                f"--sharding {self.sharding} is not --compile whole: a block is gathered when it "
+                "runs; take --compile blocks"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
     """Pictures and the held-out loss during training. They cannot change what is trained."""
 
-    val_image_url: str | None = None  # URL or path of an image to edit
+    val_image_url: str | None = None  # URL or path of an image to edit; also val_image_url_or_path
     validation_prompt: str | None = None  # its instruction
     num_validation_images: int = 4  # edits of that image, each with its own fixed noise
-    validation_epochs: int = 1  # validate every so many epochs
-    validation_steps: int | None = None  # ours: every so many optimizer steps; overrides epochs
+    validation_epochs: int | None = None  # validate every so many epochs; 1 by default
+    validation_steps: int | None = None  # every so many optimizer steps instead; XL: 100
     validation_inference_steps: int = 20  # ours: denoising steps of a picture
     validation_guidance_scale: float = 7.0  # ours: text guidance of a picture
     validation_image_guidance_scale: float = 1.5  # ours: image guidance of a picture
@@ -273,6 +429,7 @@ class OutputConfig:
     resume_from_checkpoint: str | None = None  # a checkpoint folder, or latest (the default)
     checkpointing_steps: int = 500  # optimizer steps between checkpoints
     checkpoints_total_limit: int | None = None  # newest checkpoints kept; all by default
+    ema_snapshot_steps: int | None = None  # ours: of --post_hoc_ema; default: with each checkpoint
     logging_dir: str = "logs"  # TensorBoard's folder, inside --output_dir
     log_every: int = 10  # ours: optimizer steps between lines of the log
     report_to: str = "tensorboard"  # or wandb, mlflow, trackio; a,b for several; all; none
@@ -283,6 +440,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         _at_least("checkpointing_steps", self.checkpointing_steps, 1)
         _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        _at_least("ema_snapshot_steps", self.ema_snapshot_steps, 1)
         _at_least("log_every", self.log_every, 1)
         unknown = set(self.report_to.split(",")) - {*TRACKERS, "all", "none"}
         if unknown:
@@ -303,6 +461,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -313,6 +473,10 @@ class RunConfig:
         """Whether --param_dtype bf16 on a GPU needs fp32 sums beside its bf16 gradients."""
         several = ranks * self.loop.gradient_accumulation_steps > 1
         return several or self.precision.plain or self.optim.use_8bit_adam
+
+    def parts(self, ranks: int) -> int:
+        """Over how many of a machine's ranks parameters and all that goes with them are divided."""
+        return 1 if self.precision.sharding == "ddp" else ranks
 
     def check_complete(self) -> None:
         """Raises UsageError when what has no default was not given, or flags do not go together.
@@ -328,4 +492,62 @@ class RunConfig:
             raise UsageError(
                 "--dataset_name or --train_data_dir is missing: a name on the hub or a local folder"
             )
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises UsageError when flags do not go together."""
         self.data.check_cache()
+        self.diffusion.check()
+        self.optim.check()
+        if self.output.ema_snapshot_steps is not None and not self.optim.post_hoc_ema:
+            raise UsageError(
+                f"--ema_snapshot_steps {self.output.ema_snapshot_steps} is of --post_hoc_ema, "
+                "which was not given: leave it out, or add --post_hoc_ema 0.05 0.1"
+            )
+        self.check_adapter()
+        self.check_checkpointing()
+
+    def check_checkpointing(self) -> None:
+        """Raises UsageError when gradient checkpointing does not go with the other flags."""
+        section = self.precision
+        for name in ("checkpointing_keeps", "checkpointing_levels"):
+            value = getattr(section, name)
+            if value not in (None, "nothing") and not section.gradient_checkpointing:
+                raise UsageError(
+                    f"--{name} {value} needs --gradient_checkpointing; or leave it out"
+                )
+        if section.checkpointing_keeps != "nothing" and section.compile not in ("auto", "off"):
+            raise UsageError(
+                f"--compile {section.compile} is not --checkpointing_keeps "
+                f"{section.checkpointing_keeps}, which must see each operation: take auto"
+            )
+
+    def check_adapter(self) -> None:
+        """Raises UsageError when an adapter does not go with the other flags."""
+        self.adapter.check_rank()
+        section = self.precision
+        sharding = self.precision.sharding
+        if self.adapter.lora_rank is not None and sharding != "ddp":
+            raise UsageError(
+                f"--sharding {sharding} is not --lora_rank, whose trained weights are few: leave "
+                "out one"
+            )
+        if self.optim.post_hoc_ema and sharding != "ddp":
+            raise UsageError(
+                f"--sharding {sharding} is not --post_hoc_ema, whose snapshots are whole: leave "
+                "out one"
+            )
+        if self.adapter.lora_rank is not None and self.optim.post_hoc_ema:
+            raise UsageError(
+                "--post_hoc_ema is not --lora_rank, whose averages make no pipeline: take --use_ema"
+            )
+        if self.adapter.lora_rank is not None and section.param_dtype != "fp32":
+            raise UsageError(
+                f"--param_dtype {section.param_dtype} is not --lora_rank, whose frozen weights are "
+                "in --mixed_precision's format anyway: leave it out"
+            )
+        if self.adapter.use_dora and section.compile not in ("auto", "off"):
+            raise UsageError(
+                f"--compile {section.compile} is not --use_dora, which torch cannot trace as peft "
+                "has it: take auto"
+            )

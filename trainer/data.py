@@ -5,7 +5,7 @@ steps; its last slots, beyond the rows, are padding: samples of weight 0, so tha
 """
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from .buckets import Buckets, Size, square
 from .config import DataConfig
 from .draws import Purpose, draw_uniform, permutation
 from .errors import UsageError
@@ -27,9 +28,10 @@ CENTRE = (0.0, 0.5, 0.5, 0.5)  # draws for the least size, the middle, no mirror
 class PixelSample(NamedTuple):
     """One record of `EditPairs`."""
 
-    original: Tensor  # [3, resolution, resolution] uint8
+    original: Tensor  # [3, height, width] uint8, of its bucket
     edited: Tensor
     tokens: Tensor  # [length] int64
+    size_ids: Tensor  # [6] fp32, as of `Samples`
     position: int
     weight: float  # 1; 0 for padding and for what could not be read
     error: str | None = None
@@ -38,9 +40,10 @@ class PixelSample(NamedTuple):
 class PixelBatch(NamedTuple):
     """A micro-batch, as it leaves the loader."""
 
-    original: Tensor  # [n, 3, resolution, resolution] uint8
+    original: Tensor  # [n, 3, height, width] uint8
     edited: Tensor
     tokens: Tensor  # [n, length] int64
+    size_ids: Tensor  # [n, 6] fp32
     positions: Tensor  # [n] int64
     weights: Tensor  # [n] fp32
     errors: tuple[str, ...]  # of its bad samples; a list once pinned
@@ -52,6 +55,7 @@ def collate(samples: list[PixelSample]) -> PixelBatch:
         original=torch.stack([sample.original for sample in samples]),
         edited=torch.stack([sample.edited for sample in samples]),
         tokens=torch.stack([sample.tokens for sample in samples]),
+        size_ids=torch.stack([sample.size_ids for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
         weights=torch.tensor([sample.weight for sample in samples]),
         errors=tuple(sample.error for sample in samples if sample.error is not None),
@@ -77,25 +81,41 @@ def split_rows(
     return order[:rows][:max_train_samples], order[rows:]
 
 
+class Pixels(NamedTuple):
+    """A pair as it is trained on."""
+
+    original: Tensor  # [3, height, width] uint8
+    edited: Tensor
+    size_ids: Tensor  # [6] fp32, as of `Samples`
+
+
 def transform(
-    original: Image.Image, edited: Image.Image, section: DataConfig, draws: tuple[float, ...]
-) -> tuple[Tensor, Tensor]:
-    """Resize of the short side, crop and mirror, the same for both images; nothing is squashed.
+    original: Image.Image,
+    edited: Image.Image,
+    section: DataConfig,
+    draws: tuple[float, ...],
+    size: Size,
+) -> Pixels:
+    """Resize to cover the size, crop and mirror, the same for both images; nothing is squashed.
 
     An edited image of another size is first stretched over the original's frame.
 
     Args:
         draws: uniform in [0, 1): size, row of the crop, column of the crop, mirror.
-
-    Returns: two [3, resolution, resolution] uint8.
+        size: of what is trained on; --max_resize enlarges what it is cropped from.
     """
     size_draw, row_draw, column_draw, mirror_draw = draws
     side = section.resolution
     short = side + int(size_draw * ((section.max_resize or side) - side + 1))
-    width, height = (round(at * short / min(original.size)) for at in original.size)
+    cover = max(own / at for own, at in zip(size, original.size, strict=True))
+    width, height = (
+        max(own, round(at * cover * short / side))
+        for own, at in zip(size, original.size, strict=True)
+    )
     if section.center_crop:
         row_draw = column_draw = 0.5
-    left, top = int(column_draw * (width - side + 1)), int(row_draw * (height - side + 1))
+    left = int(column_draw * (width - size.width + 1))
+    top = int(row_draw * (height - size.height + 1))
     mirror = section.random_flip and mirror_draw < 0.5
 
     def cut(image: Image.Image) -> Tensor:
@@ -103,41 +123,91 @@ def transform(
         box = (
             left * image.width / width,
             top * image.height / height,
-            (left + side) * image.width / width,
-            (top + side) * image.height / height,
+            (left + size.width) * image.width / width,
+            (top + size.height) * image.height / height,
         )
-        tile = image.resize((side, side), Image.Resampling[section.interpolation.upper()], box)
+        tile = image.resize(size, Image.Resampling[section.interpolation.upper()], box)
         tile = tile.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else tile
         return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
 
-    return cut(original), cut(edited)
+    # Where the crop lies in what is seen: a mirrored image counts from its own left.
+    seen_left = width - size.width - left if mirror else left
+    size_ids = size_ids_of(section, original.size, (top, seen_left), size)
+    return Pixels(cut(original), cut(edited), size_ids)
+
+
+def size_ids_of(
+    section: DataConfig, before: tuple[int, int], corner: tuple[int, int], size: Size
+) -> Tensor:
+    """[6] fp32, as of `Samples`.
+
+    Args:
+        before: width and height of the image before the resize.
+        corner: top and left of the crop, in pixels after the resize; the flags override it.
+
+    Source: Podell et al. 2023 (arXiv:2307.01952), section 2.2.
+    """
+    flags = (section.crops_coords_top_left_h, section.crops_coords_top_left_w)
+    top, left = (own if flag is None else flag for own, flag in zip(corner, flags, strict=True))
+    ids = [before[1], before[0], top, left, size.height, size.width]
+    return torch.tensor(ids, dtype=torch.float32)
 
 
 class Order:
-    """Which row each position of a run takes: all of them once an epoch, then padding.
+    """Which row each position of a run takes: all of them once an epoch, and padding.
+
+    Rows are drawn in one order; those of a bucket fill its steps as they come, and steps follow
+    each other as their first rows do. Where a bucket's rows end before a step does, it is padded.
 
     Args:
         selection: [n] int64, the rows that are trained on.
         global_batch: samples of one optimizer step, over all ranks and micro-steps.
+        bucket_of: [rows] int64, of each row of the dataset; all are of one by default.
     """
 
-    def __init__(self, selection: Tensor, seed: int, global_batch: int) -> None:
-        self.steps_per_epoch = -(-len(selection) // global_batch)
+    def __init__(
+        self, selection: Tensor, seed: int, global_batch: int, bucket_of: Tensor | None = None
+    ) -> None:
+        self._selection, self._seed, self._global_batch = selection, seed, global_batch
+        self._buckets = torch.zeros_like(selection) if bucket_of is None else bucket_of[selection]
+        self._counts = torch.bincount(self._buckets)
+        self.steps_per_epoch = int((-(-self._counts // global_batch)).sum())
         self.slots = self.steps_per_epoch * global_batch  # positions of an epoch
-        self._selection, self._seed = selection, seed
-        self._epoch, self._order = -1, torch.empty(0)  # the permutation of the current epoch
+        self._epoch = -1  # whose rows and buckets are kept
+        self._rows = self._bucket_of_step = torch.empty(0)
 
     def rows(self, positions: Tensor) -> Tensor:
         """[n] int64 -> [n] int64, the row of each position; -1 for padding."""
         epochs, offsets = positions // self.slots, positions % self.slots
-        rows = torch.full_like(positions, -1)
+        rows = torch.empty_like(positions)
         for epoch in epochs.unique().tolist():
-            if epoch != self._epoch:
-                self._order = permutation(self._seed, Purpose.ORDER, epoch, len(self._selection))
-                self._epoch = epoch
-            here = (epochs == epoch) & (offsets < len(self._selection))
-            rows[here] = self._selection[self._order[offsets[here]]]
+            self._lay_out(epoch)
+            here = epochs == epoch
+            rows[here] = self._rows[offsets[here]]
         return rows
+
+    def bucket(self, position: int) -> int:
+        """Of all samples of the position's step."""
+        self._lay_out(position // self.slots)
+        return int(self._bucket_of_step[position % self.slots // self._global_batch])
+
+    def _lay_out(self, epoch: int) -> None:
+        """Finds the row of each slot of an epoch, and the bucket of each step."""
+        if epoch == self._epoch:
+            return
+        drawn = permutation(self._seed, Purpose.ORDER, epoch, len(self._selection))
+        # Places in the order drawn, those of a bucket behind each other.
+        places = torch.argsort(self._buckets[drawn], stable=True)
+        buckets = self._buckets[drawn[places]]
+        starts = (self._counts.cumsum(0) - self._counts)[buckets]
+        of_bucket = torch.arange(len(places)) - starts
+        within = of_bucket % self._global_batch
+        first = places[starts + of_bucket - within]  # of its step
+        firsts, step = first.unique(return_inverse=True)
+        self._rows = torch.full((self.slots,), -1)
+        self._rows[step * self._global_batch + within] = self._selection[drawn[places]]
+        self._bucket_of_step = self._buckets[drawn[firsts]]
+        self._epoch = epoch
 
 
 class Source(Protocol):
@@ -158,6 +228,7 @@ class EditPairs(Dataset[PixelSample]):
         selection: [n] int64, the rows that are trained on.
         global_batch: as in `Order`.
         tokenize: text to [length] int64.
+        buckets: by default the square alone. Held-out rows are seen as squares.
     """
 
     def __init__(
@@ -168,8 +239,11 @@ class EditPairs(Dataset[PixelSample]):
         seed: int,
         global_batch: int,
         tokenize: Callable[[str], Tensor],
+        buckets: Buckets | None = None,
     ) -> None:
-        self.order = Order(selection, seed, global_batch)
+        buckets = buckets or square(section.resolution, len(rows))
+        self.order = Order(selection, seed, global_batch, buckets.of_row)
+        self._sizes = buckets.sizes
         self._rows, self._section = rows, section
         self._seed, self._tokenize = seed, tokenize
 
@@ -177,7 +251,7 @@ class EditPairs(Dataset[PixelSample]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: list[int]) -> list[PixelSample]:
-        """A micro-batch at once: its draws then cost those of one sample."""
+        """A micro-batch, of one step, at once: its draws then cost those of one sample."""
         at = torch.tensor(positions)
         pair = draw_uniform(self._seed, Purpose.PAIR, at)
         size = draw_uniform(self._seed, Purpose.RESIZE, at)
@@ -185,8 +259,9 @@ class EditPairs(Dataset[PixelSample]):
         mirror = draw_uniform(self._seed, Purpose.FLIP, at)
         draws = torch.cat([pair, size, place, mirror], dim=1).tolist()
         rows = self.order.rows(at).tolist()
+        size = self._sizes[self.order.bucket(positions[0])]
         return [
-            self._read(row, position, own[0], tuple(own[1:]))
+            self._read(row, position, own[0], tuple(own[1:]), size)
             for row, position, own in zip(rows, positions, draws, strict=True)
         ]
 
@@ -194,32 +269,38 @@ class EditPairs(Dataset[PixelSample]):
         return collate(found)
 
     def sample(self, row: int) -> PixelSample:
-        """A row that no draw changes: the first of its pairs, centre crop, no mirror."""
-        return self._read(row, row, 0.0, CENTRE)
+        """A row that no draw changes: the first of its pairs, centre crop, square, no mirror."""
+        return self._read(row, row, 0.0, CENTRE, self._square)
 
     def instruction(self, row: int) -> str:
         """The text of `sample(row)`. Raises: BadSample."""
         return self._rows.read(row, 0.0)[2]
 
-    def blank(self) -> PixelSample:
-        """A sample of weight 0, in the shapes of all others."""
-        return self._nothing(position=0)
+    def blank(self, bucket: int = 0) -> PixelSample:
+        """A sample of weight 0, in the shapes of all others of its bucket."""
+        return self._nothing(0, self._sizes[bucket])
+
+    @property
+    def _square(self) -> Size:
+        return Size(self._section.resolution, self._section.resolution)
 
     def _read(
-        self, row: int, position: int, pair_draw: float, draws: tuple[float, ...]
+        self, row: int, position: int, pair_draw: float, draws: tuple[float, ...], size: Size
     ) -> PixelSample:
         if row < 0:
-            return self._nothing(position)
+            return self._nothing(position, size)
         try:
             original, edited, prompt = self._rows.read(row, pair_draw)
         except BadSample as error:
-            return self._nothing(position, str(error))
-        pair = transform(original, edited, self._section, draws)
-        return PixelSample(*pair, self._tokenize(prompt), position, weight=1.0)
+            return self._nothing(position, size, str(error))
+        pixels, edited_pixels, size_ids = transform(original, edited, self._section, draws, size)
+        tokens = self._tokenize(prompt)
+        return PixelSample(pixels, edited_pixels, tokens, size_ids, position, weight=1.0)
 
-    def _nothing(self, position: int, error: str | None = None) -> PixelSample:
-        zeros = torch.zeros(3, self._section.resolution, self._section.resolution).byte()
-        return PixelSample(zeros, zeros, self._tokenize(""), position, weight=0.0, error=error)
+    def _nothing(self, position: int, size: Size, error: str | None = None) -> PixelSample:
+        zeros = torch.zeros(3, size.height, size.width, dtype=torch.uint8)
+        ids = size_ids_of(self._section, size, (0, 0), size)
+        return PixelSample(zeros, zeros, self._tokenize(""), ids, position, 0.0, error)
 
 
 def positions_of(
@@ -260,13 +341,15 @@ class StepSampler(Sampler[list[int]]):
                 yield list(self._positions(step, micro_step))
 
 
-def make_tokenize(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Tensor]:
-    """Text to [model_max_length] int64, padded or cut. Picklable."""
-    return partial(_tokenize, tokenizer)
+def make_tokenize(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Callable[[str], Tensor]:
+    """Text to [length] int64, padded or cut to a row for each, one behind the other. Picklable."""
+    return partial(_tokenize, tokenizers)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    return tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
+def _tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> Tensor:
+    options: dict[str, Any] = {"padding": "max_length", "truncation": True}
+    rows = [tokenizer(text, return_tensors="pt", **options) for tokenizer in tokenizers]
+    return torch.cat([row.input_ids[0] for row in rows])
 
 
 def make_loader(

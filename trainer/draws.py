@@ -32,6 +32,10 @@ class Purpose(IntEnum):
     ROUNDING = 14  # of bf16 moments; position: the optimizer's step
     CACHE_CROPS = 15  # the crops a cache keeps; position: the row; not of the run's seed
     CACHED_CROP = 16  # which of them
+    NOISE_OFFSET = 17  # what --noise_offset adds to a channel of the noise
+    INPUT_PERTURBATION = 18  # what --input_perturbation adds to the noise of the input alone
+    ADAPTER = 30  # a LoRA's first matrices; position: the layer
+    ADAPTER_DROPOUT = 31  # what it hides; the layer is in the purpose's upper half
 
 
 def draw_uniform(seed: int, purpose: Purpose, positions: Tensor, count: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""An averaged copy of the weights, fp32, kept by name."""
+"""Averaged copies of the weights, fp32, kept by name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +9,8 @@ from torch import Tensor, nn
 TOGETHER = 64  # tensors in one launch; their differences take memory for a moment
 
 
-class Ema:
-    """Exponential moving average of parameters.
-
-    Source: the warm-up min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ... is that of the
-    LitEma class InstructPix2Pix was trained with.
+class Averages:
+    """Moving averages of parameters; how far they move is each kind's own.
 
     Args:
         named: fp32; masters, where the UNet's own weights are copies.
@@ -21,17 +18,14 @@ class Ema:
     """
 
     def __init__(
-        self,
-        named: Mapping[str, nn.Parameter],
-        decay: float,
-        publish: Callable[[], None] | None = None,
+        self, named: Mapping[str, nn.Parameter], publish: Callable[[], None] | None = None
     ) -> None:
-        self.parameters, self.decay, self.publish = dict(named), decay, publish
+        self.parameters, self.publish = dict(named), publish
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def weight(self, n: int) -> float:
         """How far the averages move towards the parameters after optimizer step n, from 1."""
-        return 1.0 - min(self.decay, (1 + n) / (10 + n))
+        raise NotImplementedError
 
     @torch.no_grad()
     def update(self, weight: Tensor, applies: Tensor) -> None:
@@ -61,11 +55,34 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        # By value: a sharded module, and whoever knows an address, finds them where they were.
         for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+            raw = parameter.clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(raw)
         if self.publish is not None:
             self.publish()
 
     def load_state(self, averages: dict[str, Tensor]) -> None:
         for name, average in averages.items():
             self.averages[name].copy_(average)
+
+
+class Ema(Averages):
+    """Exponential moving average of parameters.
+
+    Source: the warm-up min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ... is that of the
+    LitEma class InstructPix2Pix was trained with.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        decay: float,
+        publish: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(named, publish)
+        self.decay = decay
+
+    def weight(self, n: int) -> float:
+        return 1.0 - min(self.decay, (1 + n) / (10 + n))

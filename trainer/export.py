@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
-    StableDiffusionInstructPix2PixPipeline,
-)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -22,6 +19,7 @@ from transformers import CLIPImageProcessor
 
 from .config import ModelConfig, OutputConfig
 from .errors import UsageError
+from .families import Family
 
 INDEX_FILE = "model_index.json"  # diffusers reads it first
 RAW_UNET = "unet_raw"
@@ -30,7 +28,9 @@ PARTS = (
     RAW_UNET,
     "vae",
     "text_encoder",
+    "text_encoder_2",
     "tokenizer",
+    "tokenizer_2",
     "scheduler",
     "safety_checker",
     "feature_extractor",
@@ -43,6 +43,8 @@ PUSHED = [  # all that ever leaves the machine: no checkpoint, log, run.toml or 
     CARD_FILE,
     PICTURE_FILE,
     *(f"{part}/*" for part in PARTS if part != RAW_UNET),
+    "pytorch_lora_weights.safetensors",  # of an adapter
+    "conv_in.safetensors",
 ]
 
 
@@ -71,6 +73,8 @@ def load_safety(section: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 def save_pipeline(
     folder: Path,
     *,
+    family: Family,
+    zero_null: bool,
     unet: nn.Module,
     components: Mapping[str, Any],
     raw_weights: Mapping[str, Tensor] | None,
@@ -83,7 +87,8 @@ def save_pipeline(
 
     Args:
         unet: what `unet/` will hold: the averages where there are any; 8 input channels.
-        components: vae, text_encoder, tokenizer, scheduler and, where the base pipeline has them,
+        zero_null: an instruction that is left out is zeros (XL alone).
+        components: VAE, text encoders, tokenizers, scheduler and, where the base pipeline has them,
             safety_checker and feature_extractor.
         raw_weights: of the UNet when `unet` holds averages, by name; kept in `unet_raw/`.
         dtype: of every weight on disk.
@@ -91,15 +96,12 @@ def save_pipeline(
     Raises: UsageError: the folder cannot be written.
     """
     staging = folder / STAGING
-    parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, **components}
-    for name in ("text_encoder", "safety_checker"):
-        if parts[name] is not None:
-            parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
+    parts = dict(components)
+    for name in parts.keys() & {*family.text_encoders, "safety_checker"}:
+        parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
     parts["vae"] = _in_dtype(parts["vae"], parts["vae"].state_dict(), dtype)
     parts["unet"] = _in_dtype(unet, unet.state_dict(), dtype)
-    pipeline = StableDiffusionInstructPix2PixPipeline(
-        **parts, requires_safety_checker=parts["safety_checker"] is not None
-    )
+    pipeline = family.make_pipeline(zero_null=zero_null, **parts)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -135,6 +137,7 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 def model_card(
     folder: Path,
     *,
+    family: Family,
     command: str,
     settings: Mapping[str, Any],
     base: str,
@@ -142,6 +145,7 @@ def model_card(
     versions: Mapping[str, str],
     steps: int,
     picture: Path | None,
+    loading: str | None = None,
 ) -> None:
     """Writes README.md, the hub's model card, and the picture it shows.
 
@@ -149,6 +153,7 @@ def model_card(
         command: what was typed; secrets in it are masked.
         base, dataset: hub names, or local folders, whose last names head the card.
         picture: PNG of edits; copied.
+        loading: Python that makes `pipeline`, where the folder is none.
     """
     local_base, local_dataset = Path(base).exists(), Path(dataset).exists()
     about = ModelCardData(
@@ -158,16 +163,17 @@ def model_card(
         license_name="license-of-the-base-model",
         library_name="diffusers",
         pipeline_tag="image-to-image",
-        tags=["stable-diffusion", "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
+        tags=[family.tag, "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
     )
     if picture is not None:
         shutil.copyfile(picture, folder / PICTURE_FILE)
-    base, dataset = (Path(n).resolve().name if Path(n).exists() else n for n in (base, dataset))
+    name, pipeline = folder.resolve().name, family.pipeline.__name__
     card = CARD.format(
         about=about.to_yaml(),
-        name=folder.resolve().name,
-        base=base,
-        dataset=dataset,
+        name=name,
+        loading=(loading or LOADING.format(name=name, pipeline=pipeline)).rstrip(),
+        base=public_name(base),
+        dataset=public_name(dataset),
         steps=steps,
         picture=f"![Edits: input, edit, truth]({PICTURE_FILE})\n\n" if picture else "",
         command=without_secrets(command),
@@ -188,12 +194,7 @@ Edits images from instructions: {base}, trained as InstructPix2Pix on {dataset} 
 {picture}## Use
 
 ```python
-import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
-from diffusers.utils import load_image
-
-model = "{name}"  # this folder, or its name on the hub
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model).to("cuda")
+{loading}
 image = load_image("input.png")
 edited = pipeline(
     "turn it into a painting",
@@ -218,6 +219,21 @@ edited.save("edited.png")
 
 The weights carry the licence of the model they were trained from, and its limits of use.
 """
+
+
+LOADING = """\
+import torch
+from diffusers import {pipeline}
+from diffusers.utils import load_image
+
+model = "{name}"  # this folder, or its name on the hub
+pipeline = {pipeline}.from_pretrained(model).to("cuda")
+"""
+
+
+def public_name(name: str) -> str:
+    """A hub's name as it is, of a local folder its last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _table(heading: str, values: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 DECODE_ERRORS = (  # what Pillow raises for broken files
     OSError,
@@ -21,6 +21,23 @@ DECODE_ERRORS = (  # what Pillow raises for broken files
     zlib.error,
     Image.DecompressionBombError,
 )
+
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations whose width is seen as height
+
+
+def image_size(source: bytes | Path) -> tuple[int, int]:
+    """Width and height of an image, upright, by its header alone.
+
+    Raises: ValueError: missing, or not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+    except DECODE_ERRORS as error:
+        raise ValueError(f"it cannot be decoded: {error}") from error
+    return (height, width) if turned else (width, height)
 
 
 def load_image(source: bytes | Path) -> Image.Image:

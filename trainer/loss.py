@@ -12,6 +12,7 @@ from .conditioning import drop_masks
 from .diffusion import Diffusion
 from .draws import Purpose, draw_integers, draw_uniform
 from .encoders import Samples
+from .families import Text, told_beside
 
 
 class Purposes(NamedTuple):
@@ -20,9 +21,18 @@ class Purposes(NamedTuple):
     posterior: Purpose
     noise: Purpose
     timestep: Purpose
+    noise_offset: Purpose | None = None  # None: none is added, whatever the run trains with
+    input_perturbation: Purpose | None = None  # the same
 
 
-TRAINING = Purposes(Purpose.POSTERIOR, Purpose.NOISE, Purpose.TIMESTEP)
+TRAINING = Purposes(
+    Purpose.POSTERIOR,
+    Purpose.NOISE,
+    Purpose.TIMESTEP,
+    Purpose.NOISE_OFFSET,
+    Purpose.INPUT_PERTURBATION,
+)
+# Noise as it is, and unweighted: the held-out losses of runs with other options can be compared.
 HELD_OUT = Purposes(Purpose.HELD_OUT_POSTERIOR, Purpose.HELD_OUT_NOISE, Purpose.HELD_OUT_TIMESTEP)
 
 
@@ -32,6 +42,8 @@ class EditInput(NamedTuple):
     latents: Tensor  # [n, 8, h, w] in the compute dtype: noisy target, then condition
     timesteps: Tensor  # [n] int64
     text: Tensor  # [n, tokens, width]
+    pooled: Tensor  # [n, pooled]; 0 wide where the UNet takes none
+    size_ids: Tensor  # [n, 6] fp32
     target: Tensor  # [n, 4, h, w] fp32
 
 
@@ -40,7 +52,7 @@ class EditLoss:
 
     Args:
         rates: of dropping text alone, both, image alone.
-        null_text: [1, tokens, width], what stands for a dropped instruction.
+        null_text: of one instruction, what stands for a dropped one.
         autocast_dtype: of the UNet's matrix products and convolutions; fp32 turns autocast off.
     """
 
@@ -48,7 +60,7 @@ class EditLoss:
         self,
         diffusion: Diffusion,
         rates: tuple[float, float, float],
-        null_text: Tensor,
+        null_text: Text,
         seed: int,
         autocast_dtype: torch.dtype,
     ) -> None:
@@ -59,20 +71,27 @@ class EditLoss:
         self.autocast_dtype = autocast_dtype
 
     def __call__(self, unet: nn.Module, samples: Samples) -> Tensor:
-        """[] fp32, the sum over the samples of weight times error, conditions dropped by draw."""
+        """[] fp32, the sum over the samples of weight times error, conditions dropped by draw.
+
+        The weight is the sample's and that of its timestep, which counts in no mean's divisor.
+        """
         draw = draw_uniform(self.seed, Purpose.DROPOUT, samples.positions)[:, 0]
         given = self.edit_input(samples, *drop_masks(draw, self.rates), TRAINING)
-        return self.error(unet, given, samples.weights)
+        weights = samples.weights
+        if self.diffusion.loss_weights is not None:
+            weights = weights * self.diffusion.loss_weights[given.timesteps]
+        return self.error(unet, given, weights)
 
     @torch.no_grad()
     def edit_input(
         self, samples: Samples, drop_text: Tensor, drop_image: Tensor, purposes: Purposes
     ) -> EditInput:
         """Draws posterior sample, noise and timestep, and hides what the masks say."""
-        diffusion = self.diffusion
-        timesteps = draw_integers(
-            self.seed, purposes.timestep, samples.positions, len(diffusion.signal)
+        diffusion, trained = self.diffusion, self.diffusion.timesteps
+        timesteps = trained.start + draw_integers(
+            self.seed, purposes.timestep, samples.positions, len(trained)
         )
+        shifts, perturbs = purposes.noise_offset, purposes.input_perturbation
         latents, target = edit_input(
             samples.target_mean,
             samples.target_std,
@@ -88,14 +107,25 @@ class EditLoss:
             latent_scale=diffusion.latent_scale,
             prediction_type=diffusion.prediction_type,
             dtype=self.autocast_dtype,
+            noise_offset=0.0 if shifts is None else diffusion.noise_offset,
+            noise_offset_purpose=shifts or 0,
+            input_perturbation=0.0 if perturbs is None else diffusion.input_perturbation,
+            input_perturbation_purpose=perturbs or 0,
         )
-        text = torch.where(drop_text[:, None, None], self.null_text, samples.text)
-        return EditInput(latents, timesteps, text, target)
+        text = torch.where(drop_text[:, None, None], self.null_text.states, samples.text)
+        pooled = torch.where(drop_text[:, None], self.null_text.pooled, samples.pooled)
+        return EditInput(latents, timesteps, text, pooled, samples.size_ids, target)
 
     def error(self, unet: nn.Module, given: EditInput, weights: Tensor) -> Tensor:
         """[] fp32, the sum over the samples of weight times the UNet's mean squared error."""
         mixed = self.autocast_dtype is not torch.float32
         device_type = given.latents.device.type
         with torch.autocast(device_type, self.autocast_dtype) if mixed else nullcontext():
-            predicted = unet(given.latents, given.timesteps, given.text, return_dict=False)[0]
+            predicted = unet(
+                given.latents,
+                given.timesteps,
+                given.text,
+                added_cond_kwargs=told_beside(given.pooled, given.size_ids),
+                return_dict=False,
+            )[0]
         return weighted_mse(predicted, given.target, weights)[0]

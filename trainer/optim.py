@@ -1,6 +1,6 @@
 """AdamW, clipping, averages and the schedule: one update decided on the device, state by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,36 @@ from torch import Tensor, nn
 from ..kernels.adamw_ema import AdamWEma, Current
 from .config import OptimConfig
 from .draws import Purpose
-from .ema import Ema
+from .ema import Averages, Ema
 from .errors import UsageError
 from .masters import Masters, gradients
+from .sharding import Shards
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The learning rate at an optimizer step, from 0, by one of diffusers' schedules."""
+def schedule(
+    name: str,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    num_cycles: int = 1,
+    power: float = 1.0,
+) -> Callable[[int], float]:
+    """The learning rate at an optimizer step, from 0, by one of diffusers' schedules.
+
+    Args:
+        num_cycles: of cosine_with_restarts.
+        power: of polynomial.
+    """
     unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak)
     made = get_scheduler(
-        name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+        name,
+        unused,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=num_cycles,
+        power=power,
     )
     factor = made.lr_lambdas[0]
     return lambda step: peak * factor(step)
@@ -35,15 +53,19 @@ def make_optimizer(
     *,
     fused: bool,
     seed: int = 0,
+    kept: Sequence[Averages] = (),
+    shards: Shards | None = None,
 ) -> "AdamW":
     """The one-pass kernel where fused ops or bf16 moments are wanted; else PyTorch's.
 
     Args:
         named: what is moved: the masters where there are some.
         seed: of the rounding of bf16 moments.
+        kept: more averages of the same parameters.
+        shards: whose parts are moved, where the parameters are sharded.
     """
     one_pass = section.adam_moments_dtype == "bf16" or (fused and not section.use_8bit_adam)
-    return (OnePass if one_pass else AdamW)(named, section, ema, masters, seed)
+    return (OnePass if one_pass else AdamW)(named, section, ema, masters, seed, kept, shards)
 
 
 class AdamW:
@@ -54,6 +76,8 @@ class AdamW:
     Args:
         ema: averages of the same parameters, moved with them.
         masters: whose copies are written after each update.
+        kept: more averages; `update` takes a weight for each, that of `ema` first.
+        shards: whose parts the parameters are.
 
     Raises: UsageError: 8-bit moments were asked for where bitsandbytes cannot serve them.
     """
@@ -65,8 +89,12 @@ class AdamW:
         ema: Ema | None = None,
         masters: Masters | None = None,
         seed: int = 0,
+        kept: Sequence[Averages] = (),
+        shards: Shards | None = None,
     ) -> None:
         self.parameters, self.ema, self.masters = dict(named), ema, masters
+        self.shards = shards
+        self.averages: list[Averages] = [*([] if ema is None else [ema]), *kept]
         self.moments_dtype, self.seed = section.adam_moments_dtype, seed
         self.eight_bit = section.use_8bit_adam
         self.optimizer: torch.optim.Optimizer = self._make(
@@ -95,16 +123,23 @@ class AdamW:
         """
         if self.masters is not None:
             self.masters.take_gradients(last=last)
+        if self.shards is not None:
+            self.shards.take_gradients(last=last)
 
     def grad_norm(self) -> Tensor:
-        """[] fp32, the L2 norm of all gradients as they lie."""
+        """[] fp32, the L2 norm of all gradients as they lie; with sharding, of all ranks."""
+        own = self._own_norm()
+        return own if self.shards is None else self.shards.norm(own)
+
+    def _own_norm(self) -> Tensor:
         return nn.utils.get_total_norm(gradients(self.parameters))
 
-    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+    def update(self, lr: Tensor, ema_weights: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
         """Moves the parameters by the gradients times a factor, then the averages and copies.
 
         Args:
-            lr: [] fp64, as is ema_weight, how far the averages move.
+            lr: [] fp64.
+            ema_weights: [averages] fp64, how far each of them moves.
             grad_factor: [] fp32; clipping, loss scale and sample count in one.
             applies: [] bool; False leaves parameters, moments, count and averages as they are.
         """
@@ -121,8 +156,8 @@ class AdamW:
             self.optimizer.grad_scale = grad_factor.reciprocal()  # pyright: ignore
             self.optimizer.found_inf = (~applies).float()  # pyright: ignore
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(ema_weight, applies)
+        for averages, weight in zip(self.averages, ema_weights.unbind(), strict=True):
+            averages.update(weight, applies)
         if self.masters is not None:
             self.masters.publish()
 
@@ -130,6 +165,9 @@ class AdamW:
         # Not to None: DDP's buckets hold the gradients, and a graph finds them where they were.
         if self.masters is not None:
             self.masters.zero_grad()
+            return
+        if self.shards is not None:
+            self.shards.zero_grad()
             return
         if grads := gradients(self.parameters):
             torch._foreach_zero_(grads)
@@ -165,7 +203,7 @@ class OnePass(AdamW):
         self.one_pass = AdamWEma(
             self.parameters.values(),
             lr=0.0,
-            emas=[] if self.ema is None else [[self.ema.averages[name] for name in names]],
+            emas=[[one.averages[name] for name in names] for one in self.averages],
             copies=None if self.masters is None else [self.masters.copies[name] for name in names],
             moments_dtype=MOMENTS[self.moments_dtype],
             seed=self.seed,
@@ -175,14 +213,13 @@ class OnePass(AdamW):
         self.current: Current | None = None  # found by grad_norm, for update
         return self.one_pass
 
-    def grad_norm(self) -> Tensor:
+    def _own_norm(self) -> Tensor:
         self.current = self.one_pass.current()
         return self.one_pass.grad_norm(self.current)
 
-    def update(self, lr: Tensor, ema_weight: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
+    def update(self, lr: Tensor, ema_weights: Tensor, grad_factor: Tensor, applies: Tensor) -> None:
         current, self.current = self.current, None
-        weights = None if self.ema is None else ema_weight.float()[None]
-        self.one_pass.update(lr, grad_factor, applies, weights, current)
+        self.one_pass.update(lr, grad_factor, applies, ema_weights.float(), current)
 
     def state(self) -> dict[str, Tensor]:
         # The counts are places in one tensor, and safetensors takes no shares.

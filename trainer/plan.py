@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +13,16 @@ from torch import Tensor
 
 from ..kernels.attention_choice import LEAST_CAPABILITY
 from . import checkpoint
+from .adapter_files import LORA_FILE
+from .adapters import check_peft
+from .buckets import Buckets, Size, find_buckets, square
 from .config import TRACKERS, OutputConfig, PrecisionConfig, RunConfig
-from .data import split_rows
+from .data import Order, split_rows
+from .diffusion import trained_scheduler
 from .errors import UsageError
 from .files import write_text
 from .optim import check_8bit
+from .power_ema import SNAPSHOTS
 from .pretrained import Described, check_resolution, describe
 from .rows import Rows, open_rows
 from .sample import open_image
@@ -24,7 +31,12 @@ from .trackers import check_trackers, is_installed
 from .world import World
 
 RUN_FILE = "run.toml"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +46,7 @@ class Plan:
     config: RunConfig  # with every default that depends on the machine filled in
     described: Described
     rows: Rows
+    buckets: Buckets
     train_rows: Tensor  # [n] int64
     held_out_rows: Tensor  # [m] int64
     global_batch: int  # samples in one optimizer step
@@ -49,7 +62,13 @@ class Plan:
             "checkpoints in --output_dir": step_of(self.resume),
             "numbers of rows": len(self.rows),
             "lengths in steps": self.total_steps,
+            "shapes of images": zlib.crc32(self.buckets.of_row.numpy().tobytes()),
         }
+
+    @property
+    def used_buckets(self) -> list[int]:
+        """Those that rows to train on are in."""
+        return self.buckets.of_row[self.train_rows].unique().tolist()
 
     @property
     def output(self) -> Path:
@@ -57,25 +76,45 @@ class Plan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the encoders, and of the UNet's products under autocast."""
+        """Of the text encoders, and of the UNet's products under autocast."""
         return DTYPES[self.config.precision.mixed_precision or "no"]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        return vae_dtype_of(self.config, self.described)
 
     def lines(self, world: World) -> list[str]:
         """The plan in words."""
         loop, data = self.config.loop, self.config.data
         source = data.dataset_name or data.train_data_dir
+        used = [self.buckets.sizes[bucket] for bucket in self.used_buckets]
         return [
             f"model      {self.config.model.pretrained_model_name_or_path}, "
-            f"{self.described.unet['in_channels']} input channels",
+            f"{self.described.family.name}, "
+            f"{self.described.unet['in_channels']} input channels" + _adapter(self.config),
             f"data       {source}: {len(self.train_rows)} rows to train on, "
             f"{len(self.held_out_rows)} held out, {data.resolution} px",
             f"step       {self.global_batch} samples = {loop.train_batch_size} x "
-            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks",
+            f"{loop.gradient_accumulation_steps} micro-steps x {world.size} ranks"
+            + (
+                ""
+                if self.config.precision.sharding == "ddp"
+                else f", {self.config.precision.sharding}"
+            ),
             f"length     {self.total_steps} steps, {self.steps_per_epoch} an epoch",
+            *([] if len(used) == 1 else [f"buckets    {told_sizes(used)}"]),
             f"precision  {self.config.precision.mixed_precision} on {world.device.type}",
             f"output     {self.output}"
             + (f", going on from {self.resume.name}" if self.resume else ""),
         ]
+
+
+def _adapter(config: RunConfig) -> str:
+    section = config.adapter
+    if section.lora_rank is None:
+        return ""
+    kind = "DoRA" if section.use_dora else "LoRA"
+    return f"; a {kind} of rank {section.lora_rank} and conv_in are trained"
 
 
 def make_plan(config: RunConfig, world: World) -> Plan:
@@ -87,20 +126,30 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     asked = config.data.cache_latents
     config = _with_machine_defaults(config, world)
     notes = _notes(config, asked, on_gpu=world.device.type == "cuda")
+    notes += _sharding_notes(config.precision, world)
     check_trackers(config.output.trackers)
     _check_output(config.output)
     if config.optim.use_8bit_adam:
         check_8bit(world.device.type)
+    if config.adapter.lora_rank is not None:
+        check_peft()
     global_batch = config.loop.global_batch(world.size)
     resume, passed_over = _find_checkpoint(config, global_batch)
 
-    described = describe(config.model)
+    described = describe_trained(config)
     check_resolution(config.data.resolution, described)
+    check_vae(config, described)
     rows = open_rows(config.data, config.model.cache_dir)
     train_rows, held_out_rows = split_rows(
         len(rows), config.data.max_train_samples, config.data.held_out, config.loop.seed
     )
-    steps_per_epoch = -(-len(train_rows) // global_batch)
+    buckets = (
+        find_buckets(config.data.resolution, described.least_size, rows)
+        if config.data.buckets
+        else square(config.data.resolution, len(rows))
+    )
+    order = Order(train_rows, config.loop.seed, global_batch, buckets.of_row)
+    steps_per_epoch = order.steps_per_epoch
     total_steps = config.loop.max_train_steps or config.loop.num_train_epochs * steps_per_epoch
     if step_of(resume) > total_steps:
         raise UsageError(
@@ -111,6 +160,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         config=config,
         described=described,
         rows=rows,
+        buckets=buckets,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
         global_batch=global_batch,
@@ -120,6 +170,40 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         validation_image=_validation_image(config),
         notes=(*notes, *passed_over),
     )
+
+
+def describe_trained(config: RunConfig) -> Described:
+    """The pipeline, with the scheduler that the run trains and exports.
+
+    Raises: UsageError, as of `describe` and `trained_scheduler`.
+    """
+    described = describe(config.model)
+    scheduler = trained_scheduler(described.scheduler, config.diffusion)
+    return described._replace(scheduler=scheduler)
+
+
+def told_sizes(sizes: Sequence[Size]) -> str:
+    """ "3: 128x64, 64x64, 64x128"."""
+    return f"{len(sizes)}: {', '.join(f'{size.width}x{size.height}' for size in sizes)}"
+
+
+def _sharding_notes(section: PrecisionConfig, world: World) -> list[str]:
+    """Raises UsageError where machines cannot each hold the whole."""
+    flag = f"--sharding {section.sharding}"
+    if section.sharding == "ddp":
+        return []
+    if world.size == 1:
+        return [f"{flag}: one rank has nobody to share with; it keeps all"]
+    if section.sharding == "hsdp" and world.size % world.local_size:
+        raise UsageError(
+            f"{flag} needs machines of as many ranks each, here {world.local_size} of "
+            f"{world.size}: take --sharding fsdp"
+        )
+    if section.sharding == "hsdp" and world.local_size == 1:
+        raise UsageError(f"{flag} shares inside a machine, which has 1 rank: take --sharding fsdp")
+    if world.device.type == "cuda" and not section.plain and section.cuda_graphs == "auto":
+        return [f"{flag}: without CUDA graphs, which do not capture its gathers"]
+    return []
 
 
 def set_numerics(section: PrecisionConfig) -> None:
@@ -137,12 +221,14 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            (output / "model_index.json").unlink(missing_ok=True)
+            for name in ("model_index.json", LORA_FILE):
+                (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
-            for name in ("validation", plan.config.output.logging_dir):
+            for name in ("validation", SNAPSHOTS, plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)
-        checkpoint.clean(output)
-        checkpoint.set_aside_later(output, step_of(plan.resume))
+        for folder in (output, output / SNAPSHOTS):
+            checkpoint.clean(folder)
+            checkpoint.set_aside_later(folder, step_of(plan.resume))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}") from None
     write_text(output / RUN_FILE, to_toml(plan.config))
@@ -182,11 +268,37 @@ def check_precision(config: RunConfig, precision: str, on_gpu: bool) -> None:
         raise UsageError(
             f"--param_dtype bf16 needs --mixed_precision bf16, got {precision}; or leave it out"
         )
+    if section.sharding != "ddp" and config.optim.use_8bit_adam:
+        raise UsageError(
+            f"--sharding {section.sharding} is not --use_8bit_adam, whose blocks do not end where "
+            "parts do: take --adam_moments_dtype bf16"
+        )
     if section.cuda_graphs == "on" and not on_gpu:
         raise UsageError("--cuda_graphs on needs a GPU; on a CPU take auto")
     if section.cuda_graphs == "on" and config.optim.use_8bit_adam:
         raise UsageError(
             "--cuda_graphs on is not --use_8bit_adam, whose step waits for the host: take auto"
+        )
+
+
+def vae_dtype_of(config: RunConfig, described: Described) -> torch.dtype:
+    """As --vae_precision says; else of XL's own VAE fp32, of any other that of the samples."""
+    section = config.precision
+    own = config.model.pretrained_vae_model_name_or_path is None
+    if section.vae_precision is not None:
+        return DTYPES[section.vae_precision]
+    if own and described.family.vae_in_fp32:
+        return torch.float32
+    return DTYPES[section.mixed_precision or "no"]
+
+
+def check_vae(config: RunConfig, described: Described) -> None:
+    """Raises UsageError for a VAE that overflows in fp16, by its own configuration."""
+    in_fp16 = vae_dtype_of(config, described) is torch.float16
+    if in_fp16 and described.family.vae_in_fp32 and described.vae.get("force_upcast", True):
+        raise UsageError(
+            "--vae_precision fp16: this VAE overflows in fp16, as force_upcast in its config.json "
+            "says; take fp32 or bf16, or a --pretrained_vae_model_name_or_path made for fp16"
         )
 
 
@@ -253,6 +365,11 @@ def _notes(config: RunConfig, asked_cache: str | None, on_gpu: bool) -> list[str
         notes.append(
             "--resume_from_checkpoint names a checkpoint: each start goes back to it; leave it out "
             "to go on from the newest"
+        )
+    if config.diffusion.snr_gamma is not None and config.diffusion.rescale_betas_zero_snr:
+        notes.append(
+            "--snr_gamma with --rescale_betas_zero_snr: the last timestep, whose SNR is 0, has "
+            "weight 0, so it is learned only from its neighbours"
         )
     if config.conditioning.rates == (0.0, 0.0, 0.0):
         notes.append(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .blank import blank_encoders, blank_safety_checker, bytes_of
+from .buckets import Size
 from .cache_files import shape_of
 from .config import RunConfig
 from .estimate import (
@@ -15,6 +16,7 @@ from .estimate import (
     largest,
     memory_bytes,
     pipeline_bytes,
+    snapshot_bytes,
     step_ms,
 )
 from .gpus import Gpu
@@ -52,13 +54,17 @@ class Prediction:
         self.largest = self._largest(config)
         self.times_ms = step_ms(self.counted, config, gpu, ranks)
         vae, text_encoder = blank_encoders(config.model, described)
-        others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
+        others = 0
+        if config.adapter.lora_rank is None:
+            others = bytes_of(vae, text_encoder, blank_safety_checker(config.model))
         self.pipeline = pipeline_bytes(self.counted, config.optim, others)
         self.checkpoint = checkpoint_bytes(self.counted, config.optim)
+        self.snapshot = snapshot_bytes(self.counted, config.optim)
+        side = config.data.resolution  # buckets are no larger
         self.shape = shape_of(
             config.data,
+            [Size(side, side)],
             described,
-            text_encoder.config.hidden_size,
             DTYPES[config.precision.mixed_precision or "no"],
         )
 
@@ -90,7 +96,7 @@ class Prediction:
         return pairs * self.shape.pair_bytes, (pairs + 1) * self.shape.text_bytes
 
     def _count(self, config: RunConfig) -> Counted:
-        counted_by = config.data, config.validation, config.precision
+        counted_by = config.data, config.validation, config.precision, config.adapter
         if counted_by not in self._counts:
             self._counts[counted_by] = count_run(config, self.described)
         return self._counts[counted_by]
@@ -119,6 +125,7 @@ class Prediction:
             "hours": None if self.steps is None else self.steps * self.step_s / 3600,
             "cache_bytes": None if self.cache is None else sum(self.cache),
             "checkpoint_bytes": round(self.checkpoint),
+            "snapshot_bytes": self.snapshot,
             "pipeline_bytes": self.pipeline,
             "advice": self.advice(),
         }
@@ -129,7 +136,7 @@ class Prediction:
             return "it fits as it is"
         helping = [_cut(self.config, self.largest)] if self.largest else []
         flags, config = {}, self.config
-        for what, flag, change in _savings(self.config):
+        for what, flag, change in _savings(self.config, self.ranks):
             flags[what], config = flag, change(config)  # of two for the same, the stronger
             if self._largest(change(self.config)) >= self.batch:
                 helping.append(flag)
@@ -152,7 +159,7 @@ def _cut(config: RunConfig, most: int) -> str:
     return f"--train_batch_size {images} --gradient_accumulation_steps {whole // images}"
 
 
-def _savings(config: RunConfig) -> Iterator[tuple[str, str, Change]]:
+def _savings(config: RunConfig, ranks: int) -> Iterator[tuple[str, str, Change]]:
     """What memory is saved of, by a flag that is not given, and what it makes of a run."""
 
     def replaced(section: str, **values: Any) -> Change:
@@ -168,11 +175,17 @@ def _savings(config: RunConfig) -> Iterator[tuple[str, str, Change]]:
     if not precision.gradient_checkpointing:
         flag = "--gradient_checkpointing"
         yield "activations", flag, replaced("precision", gradient_checkpointing=True)
-    if precision.mixed_precision == "bf16" and precision.param_dtype == "fp32":
+    adapts = config.adapter.lora_rank is not None
+    if precision.mixed_precision == "bf16" and precision.param_dtype == "fp32" and not adapts:
         flag = "--param_dtype bf16"
         yield "parameters", flag, replaced("precision", param_dtype="bf16")
     if not optim.use_8bit_adam and optim.adam_moments_dtype == "fp32":
         flag = "--adam_moments_dtype bf16"
         yield "moments", flag, replaced("optim", adam_moments_dtype="bf16")
+    if optim.use_8bit_adam or precision.sharding != "ddp":
+        return  # not both
+    if ranks > 1 and precision.cuda_graphs != "on" and precision.compile != "whole":
+        yield "states", "--sharding fsdp", replaced("precision", sharding="fsdp")
+    elif optim.adam_moments_dtype == "fp32":
         eight = replaced("optim", use_8bit_adam=True, adam_moments_dtype="fp32")
         yield "moments", "--use_8bit_adam", eight

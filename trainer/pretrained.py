@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from ..kernels.edit_input import PREDICTIONS
 from .config import ModelConfig
 from .errors import UsageError
+from .families import Family, Text, TextEncoder, family_by_parts, text_widths
 from .unet import grow_conv_in
 
+INDEX_FILE = "model_index.json"
 CHANNELS = (4, 8)  # of a UNet that can be trained: text-to-image, or already an editing one
 
 
@@ -26,12 +29,44 @@ class Described(NamedTuple):
     unet: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
-    tokenizer: CLIPTokenizer
+    tokenizers: list[CLIPTokenizer]
+    family: Family
+    zero_null: bool  # an instruction that is left out is zeros, not the encoding of ""
 
     @property
     def vae_factor(self) -> int:
         """Pixels to a latent, along a side."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Of an encoded instruction."""
+        return self.tokenizers[0].model_max_length
+
+    @property
+    def least_size(self) -> int:
+        """Pixels to what the UNet halves down to one, along a side."""
+        return self.vae_factor * 2 ** (len(self.unet["block_out_channels"]) - 1)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of an instruction by all tokenizers, one behind the other."""
+        return sum(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    def null_text(self, empty: Text) -> Text:
+        """What stands for a dropped instruction, as the pipeline will have it.
+
+        Args:
+            empty: the encoding of "".
+        """
+        return Text(*map(torch.zeros_like, empty)) if self.zero_null else empty
+
+    def components(self, vae: AutoencoderKL, text_encoder: TextEncoder) -> dict[str, Any]:
+        """The parts of a pipeline around the UNet, by name."""
+        tokenizers = zip(self.family.tokenizers, self.tokenizers, strict=True)
+        encoders = text_encoder.parts.items()
+        scheduler = self.make_scheduler()
+        return {"vae": vae, **dict(encoders), **dict(tokenizers), "scheduler": scheduler}
 
     def make_scheduler(self) -> SchedulerMixin:
         """The sampler the pipeline was saved with."""
@@ -51,10 +86,11 @@ def describe(section: ModelConfig) -> Described:
             f"{unet.get('in_channels')} input channels; 4 (text-to-image) or 8 (an InstructPix2Pix "
             "model to go on from) can be trained"
         )
-    if unet.get("addition_embed_type") is not None:
+    family = _family(section)
+    if (text_widths(unet)[1] > 0) != family.told_sizes:
         raise UsageError(
-            f"{section.pretrained_model_name_or_path} is an SDXL pipeline; so far Stable Diffusion "
-            "1.x and 2.x can be trained"
+            f"{section.pretrained_model_name_or_path} is a {family.name} pipeline by its text "
+            "encoders, and its UNet is another's; take --unet and pipeline of one family"
         )
     vae = _read_config(section, "vae", "config.json")
     scheduler = _read_config(section, "scheduler", SCHEDULER_CONFIG_NAME)
@@ -69,8 +105,24 @@ def describe(section: ModelConfig) -> Described:
         unet=unet,
         vae=vae,
         scheduler=scheduler,
-        tokenizer=_load(CLIPTokenizer, section, "tokenizer"),
+        tokenizers=[_load(CLIPTokenizer, section, part) for part in family.tokenizers],
+        family=family,
+        zero_null=family.told_sizes and _index(section).get("force_zeros_for_empty_prompt", True),
     )
+
+
+def _family(section: ModelConfig) -> Family:
+    root = Path(str(section.pretrained_model_name_or_path))
+    parts = {path.name for path in root.iterdir()} if root.is_dir() else _index(section)
+    return family_by_parts(parts)
+
+
+def _index(section: ModelConfig) -> dict[str, Any]:
+    """model_index.json; a folder may do without."""
+    source = str(section.pretrained_model_name_or_path)
+    if Path(source).is_dir() and not Path(source, INDEX_FILE).is_file():
+        return {}
+    return _read_config(section, None, INDEX_FILE)
 
 
 def check_resolution(resolution: int, described: Described) -> None:
@@ -91,19 +143,24 @@ def load_unet(section: ModelConfig) -> UNet2DConditionModel:
     return unet
 
 
-def load_encoders(section: ModelConfig) -> tuple[AutoencoderKL, CLIPTextModel]:
-    """Reads VAE and text encoder in fp32, whatever they are stored in."""
-    return _load(AutoencoderKL, section, "vae"), _load(CLIPTextModel, section, "text_encoder")
+def load_encoders(section: ModelConfig) -> tuple[AutoencoderKL, TextEncoder]:
+    """Reads VAE and text encoders in fp32, whatever they are stored in."""
+    family = _family(section)
+    parts = {part: _load(cls, section, part) for part, cls in family.text_encoders.items()}
+    return _load(AutoencoderKL, section, "vae"), TextEncoder(family, parts)
 
 
-def _place(section: ModelConfig, part: str) -> tuple[str, str | None, bool]:
-    """Folder or hub name, subfolder, whether it is --unet's."""
+def _place(section: ModelConfig, part: str | None) -> tuple[str, str | None, str]:
+    """Folder or hub name, subfolder, the flag that names it."""
     if part == "unet" and section.unet is not None:
-        return section.unet, None, True
-    return str(section.pretrained_model_name_or_path), part, False
+        return section.unet, None, "--unet"
+    if part == "vae" and section.pretrained_vae_model_name_or_path is not None:
+        flag = "pretrained_vae_model_name_or_path"
+        return section.pretrained_vae_model_name_or_path, None, f"--{flag}"
+    return str(section.pretrained_model_name_or_path), part, "--pretrained_model_name_or_path"
 
 
-def _read_config(section: ModelConfig, part: str, file: str) -> dict[str, Any]:
+def _read_config(section: ModelConfig, part: str | None, file: str) -> dict[str, Any]:
     source, subfolder, _ = _place(section, part)
     root = Path(source)
     try:
@@ -141,16 +198,15 @@ def _load(cls: Any, section: ModelConfig, part: str) -> Any:
     return loaded.float() if isinstance(loaded, nn.Module) else loaded
 
 
-def _revision(section: ModelConfig, part: str) -> str | None:
+def _revision(section: ModelConfig, part: str | None) -> str | None:
     """--non_ema_revision once named the branch of the UNet's raw weights."""
     if part == "unet" and section.non_ema_revision is not None:
         return section.non_ema_revision
     return section.revision
 
 
-def _cannot_load(section: ModelConfig, part: str, error: Exception) -> UsageError:
-    source, subfolder, own_unet = _place(section, part)
-    flag = "--unet" if own_unet else "--pretrained_model_name_or_path"
+def _cannot_load(section: ModelConfig, part: str | None, error: Exception) -> UsageError:
+    source, subfolder, flag = _place(section, part)
     root = Path(source)
     if root.is_dir() and subfolder and not (root / subfolder).is_dir():
         return UsageError(

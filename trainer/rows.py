@@ -7,7 +7,7 @@ unreadable image is one bad row, told by its name.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -19,7 +19,7 @@ from PIL import Image
 
 from .config import DataConfig
 from .errors import UsageError
-from .images import load_image
+from .images import image_size, load_image
 
 Found = TypeVar("Found")
 
@@ -57,6 +57,13 @@ class Rows(Protocol):
 
     def name(self, row: int) -> str:
         """The row in messages, for instance "row 17 (images/0017.png)"."""
+        ...
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Width and height of the original, upright; of the first where a row has several.
+
+        Raises: BadSample: it is missing or not an image.
+        """
         ...
 
     def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
@@ -116,8 +123,8 @@ class TableRows:
 
     def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
         record = self._table[row]
-        original = self._image(row, record, self._original)
-        edited = self._image(row, record, self._edited)
+        original = self._opened(row, record, self._original, load_image)
+        edited = self._opened(row, record, self._edited, load_image)
         prompt = record[self._prompt]
         if not isinstance(prompt, str):
             raise BadSample(self.name(row), f"{self._prompt} is {prompt!r}, not text")
@@ -129,12 +136,21 @@ class TableRows:
         inside = Path(path).is_relative_to(self._folder)
         return f"row {row} ({Path(path).relative_to(self._folder) if inside else path})"
 
-    def _image(self, row: int, record: dict[str, Any], column: str) -> Image.Image:
+    def size(self, row: int) -> tuple[int, int]:
+        return self._opened(row, self._table[row], self._original, image_size)
+
+    def _opened(
+        self,
+        row: int,
+        record: dict[str, Any],
+        column: str,
+        open_it: Callable[[bytes | Path], Found],
+    ) -> Found:
         encoded, path = _bytes_and_path(record[column])
         if encoded is None and path is None:
             raise BadSample(self.name(row), f"{column} is empty")
         try:
-            return load_image(self._folder / cast(str, path) if encoded is None else encoded)
+            return open_it(self._folder / cast(str, path) if encoded is None else encoded)
         except ValueError as error:
             raise BadSample(self._name(row, path), f"{column}: {error}") from error
 
@@ -237,12 +253,16 @@ class PaperRows:
             raise BadSample(self.name(row), f'prompt.json gives no "edit": {error!r}') from error
         if not isinstance(prompt, str):
             raise BadSample(self.name(row), f'"edit" in prompt.json is {prompt!r}, not text')
-        return self._image(row, f"{seed}_0.jpg"), self._image(row, f"{seed}_1.jpg"), prompt
+        original, edited = (self._opened(row, f"{seed}_{end}.jpg", load_image) for end in (0, 1))
+        return original, edited, prompt
 
-    def _image(self, row: int, file: str) -> Image.Image:
+    def size(self, row: int) -> tuple[int, int]:
+        return self._opened(row, f"{self._seeds[self._starts[row]]}_0.jpg", image_size)
+
+    def _opened(self, row: int, file: str, open_it: Callable[[Path], Found]) -> Found:
         path = f"{self._names[row]}/{file}"
         try:
-            return load_image(self._folder / path)
+            return open_it(self._folder / path)
         except ValueError as error:
             raise BadSample(f"row {row} ({path})", str(error)) from error
 

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, sharded_checkpoint
+from .adapter_files import loading, save_adapter
+from .adapters import evaluating
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -16,13 +19,14 @@ from .checkpoint import Checkpoint
 from .compiled import eager
 from .config import RunConfig
 from .errors import UsageError
-from .export import check_push, load_safety, model_card, push, save_pipeline
+from .export import check_push, model_card, push, save_pipeline
+from .exporting import components
 from .job import Job
 from .log import RunLog
 from .meter import Meter
 from .optim import schedule
 from .plan import Plan, claim_output, make_plan, set_numerics
-from .pretrained import load_encoders
+from .power_ema import SNAPSHOTS
 from .sample import build_pipeline
 from .settings import flat
 from .step import Rates
@@ -58,6 +62,9 @@ def train(
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
     world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    if plan.config.precision.sharding == "hsdp":
+        cure = "give each as many, or take --sharding fsdp"
+        world.check_same({"numbers of ranks of their machine": world.local_size}, cure)
     set_numerics(plan.config.precision)
     cached = None
     if plan.config.data.cache_latents is not None:
@@ -85,11 +92,11 @@ class Run:
         self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
         if plan.resume:
-            resumed = checkpoint.read(plan.resume)
-            self.step = resumed.state["step"]
-            self.job.load_tensors(resumed.tensors)
-            self.job.loss_scale.scale.fill_(resumed.state["loss_scale"])
-            self.job.loss_scale.good_steps.fill_(resumed.state["good_steps"])
+            state = checkpoint.read_state(plan.resume)
+            self.step = state["step"]
+            self.job.load_tensors(sharded_checkpoint.read(plan.resume, self.job.shards))
+            self.job.loss_scale.scale.fill_(state["loss_scale"])
+            self.job.loss_scale.good_steps.fill_(state["good_steps"])
 
     # The loop.
 
@@ -101,7 +108,14 @@ class Run:
         config, world, plan = self.plan.config, self.world, self.plan
         loop, data, optim, output = config.loop, config.data, config.optim, config.output
         peak = optim.learning_rate * (plan.global_batch if optim.scale_lr else 1)
-        lr_at = schedule(optim.lr_scheduler, peak, optim.lr_warmup_steps, plan.total_steps)
+        lr_at = schedule(
+            optim.lr_scheduler,
+            peak,
+            optim.lr_warmup_steps,
+            plan.total_steps,
+            optim.lr_num_cycles,
+            optim.lr_power,
+        )
         job = self.job
         update = job.update()
         validator = self._validator()
@@ -124,8 +138,8 @@ class Run:
                 for message in messages:
                     log.note(f"skipped: {message}")
                 lr = lr_at(self.step)
-                weight = job.ema.weight(self.step + 1) if job.ema is not None else 0.0
-                result = update(job.samples(window), Rates.on(world.device, lr, weight))
+                rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
+                result = update(job.samples(window), rates)
                 self.step += 1
                 meter.add(result)
                 last = self.step == plan.total_steps
@@ -135,15 +149,20 @@ class Run:
                     log.progress(self.step, values)
                 shows = validator is not None and validator.due(self.step, plan.total_steps)
                 saves = self.step % output.checkpointing_steps == 0 or last
-                if not (shows or saves):
+                every = output.ema_snapshot_steps or output.checkpointing_steps
+                keeps = bool(job.kept) and (self.step % every == 0 or last)
+                if not (shows or saves or keeps):
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
-                        with eager():  # its shapes are others
+                        with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
+                    if keeps:  # before the checkpoint, from which a run does not come back to it
+                        self.save_snapshot()
                     if saves:
                         self.save()
-            log.note(f"trained to step {self.step}: writing the pipeline to {plan.output}")
+            what = "pipeline" if job.adapter is None else "adapter"
+            log.note(f"trained to step {self.step}: writing the {what} to {plan.output}")
             self.export(newest_picture(self.pictures, self.step))
             log.note(f"done: {plan.output}")
             return True
@@ -156,10 +175,22 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint of this step; all ranks wait for it."""
+        root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
+        if self.job.shards is not None:
+            made = self._state()
+            sharded_checkpoint.save(root, self.step, made, keep, self.job.shards, self.world)
+            return
         with self.world.together():
             if self.world.is_main:
-                keep = self.plan.config.output.checkpoints_total_limit
-                checkpoint.save(self.plan.output, self.step, self._state(), keep)
+                checkpoint.save(root, self.step, self._state(), keep)
+
+    def save_snapshot(self) -> None:
+        """Writes the averages of --post_hoc_ema; all ranks wait for it."""
+        with self.world.together():
+            if self.world.is_main:
+                state = {"step": self.step, "lengths": list(self.job.kept)}
+                kept = Checkpoint(self.job.snapshot(), state)
+                checkpoint.save(self.plan.output / SNAPSHOTS, self.step, kept, keep=None)
 
     def _state(self) -> Checkpoint:
         scale = self.job.loss_scale
@@ -172,45 +203,50 @@ class Run:
                 "loss_scale": scale.scale.item(),
                 "good_steps": scale.good_steps.item(),
                 "settings": flat(self.plan.config),
-                "versions": versions(),
+                "versions": self._versions(),
             },
         )
 
+    def _versions(self) -> dict[str, str]:
+        """Of the packages that decide what a run computes."""
+        names = (*VERSIONS, "peft") if self.job.adapter is not None else VERSIONS
+        return {name: version(name) for name in names}
+
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
-        with self.world.together():
+        with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
-                self._export(picture)
+                self._export(unet, raw_weights, picture)
 
-    def _export(self, picture: Path | None) -> None:
-        plan, config, job = self.plan, self.plan.config, self.job
-        vae, text_encoder = load_encoders(config.model)  # ours may be rounded to half precision
-        with (
-            job.ema.in_place() if job.ema is not None else nullcontext(),
-            job.masters.in_place() if job.masters is not None else nullcontext(),
-        ):
+    def _export(
+        self, unet: Any, raw_weights: dict[str, Tensor] | None, picture: Path | None
+    ) -> None:
+        plan, config, adapter = self.plan, self.plan.config, self.job.adapter
+        family, lines = plan.described.family, None
+        if adapter is not None:
+            lines = loading(plan.output, family, config.model)
+            save_adapter(plan.output, family, unet, adapter, self.job.named, raw_weights)
+        else:
             save_pipeline(
                 plan.output,
-                unet=job.unet,
-                components={
-                    "vae": vae,
-                    "text_encoder": text_encoder,
-                    "tokenizer": plan.described.tokenizer,
-                    "scheduler": plan.described.make_scheduler(),
-                    **load_safety(config.model, torch.float32),
-                },
-                raw_weights=job.ema.averages if job.ema is not None else None,  # exchanged
+                unet=unet,
+                family=family,
+                zero_null=plan.described.zero_null,
+                components=components(config.model, plan.described),
+                raw_weights=raw_weights,
                 dtype=torch.float32,
             )
         model_card(
             plan.output,
+            family=family,
             command=self.command,
             settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
             base=str(config.model.pretrained_model_name_or_path),
             dataset=str(config.data.dataset_name or config.data.train_data_dir),
-            versions=versions(),
+            versions=self._versions(),
             steps=self.step,
             picture=picture,
+            loading=lines,
         )
         if config.output.push_to_hub:
             push(config.output, f"fusedit: step {self.step}")
@@ -221,13 +257,9 @@ class Run:
         plan, section, job = self.plan, self.plan.config.validation, self.job
         if not len(plan.held_out_rows) and plan.validation_image is None:
             return None
-        pipeline = build_pipeline(
-            job.unet,
-            job.encoders.vae,
-            job.encoders.text_encoder,
-            plan.described.tokenizer,
-            plan.described.make_scheduler(),
-        )
+        described, encoders = plan.described, job.encoders
+        parts = described.components(encoders.vae, encoders.text_encoder)
+        pipeline = build_pipeline(described.family, described.zero_null, unet=job.unet, **parts)
         return Validator(
             section,
             pipeline,
@@ -236,12 +268,21 @@ class Run:
             job.pairs,
             plan.held_out_rows.tolist(),
             plan.validation_image,
-            section.validation_steps or section.validation_epochs * plan.steps_per_epoch,
+            self._validates_every(),
             self.pictures,
             self.world,
             batch_size=min(8, plan.config.loop.train_batch_size),
             on_bad_sample=plan.config.data.on_bad_sample,
         )
+
+    def _validates_every(self) -> int:
+        """Optimizer steps between two validations."""
+        section = self.plan.config.validation
+        if section.validation_steps is None and section.validation_epochs is None:
+            steps = self.plan.described.family.validation_steps
+        else:
+            steps = section.validation_steps
+        return steps or (section.validation_epochs or 1) * self.plan.steps_per_epoch
 
     def _open_log(self) -> RunLog:
         if not self.world.is_main:
@@ -256,8 +297,3 @@ class Run:
             self.plan.total_steps,
             self.step,
         )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide what a run computes."""
-    return {name: version(name) for name in VERSIONS}

@@ -3,49 +3,40 @@
 Source of the guidance: Brooks et al. 2023, equation 3, as diffusers' pipeline computes it.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_instruct_pix2pix import (
-    StableDiffusionInstructPix2PixPipeline,
-)
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .errors import UsageError
+from .families import Family, family_of
 from .images import load_image
 
 DOWNLOAD_SECONDS = 30  # without an answer
 DOWNLOAD_BYTES = 64 * 2**20  # the largest image fetched
 
 
-def build_pipeline(
-    unet, vae, text_encoder, tokenizer, scheduler
-) -> StableDiffusionInstructPix2PixPipeline:
-    """The editing pipeline over modules in memory; none is copied or cast. No safety checker."""
-    missing: Any = None  # diffusers takes None, whatever its types say
-    pipeline = StableDiffusionInstructPix2PixPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=missing,
-        feature_extractor=missing,
-        requires_safety_checker=False,
-    )
+def build_pipeline(family: Family, zero_null: bool = False, **parts: Any) -> Any:
+    """The editing pipeline over modules in memory; none is copied or cast. No safety checker.
+
+    Args:
+        zero_null: a negative prompt that is not given is zeros (XL alone).
+        parts: by their names in the pipeline.
+    """
+    pipeline = family.make_pipeline(zero_null=zero_null, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
 def edit_images(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Any,
     images: Sequence[Image.Image],
     instructions: Sequence[str],
     latents_noise: Tensor,
@@ -57,12 +48,13 @@ def edit_images(
     """Edits each image by its instruction: a function of the arguments, no generator is touched.
 
     Modules of several dtypes (in training an fp32 UNet with half-precision encoders) run under
-    autocast.
+    autocast, but a VAE of wider numbers: it is so for its range.
 
     Args:
         images: of any size; scaled to cover the size of the noise, the overhang cut off.
         latents_noise: [n, 4, height / f, width / f] standard normals, f the VAE's factor.
         guidance_scale: of the instruction; at 1 or less there is no guidance of either kind.
+        pipeline: one of a family's.
         image_guidance_scale: of the image; 1 or more.
     Returns: n images of height x width.
     Raises: UsageError: an image guidance below 1, at which the pipeline would drop all guidance.
@@ -80,7 +72,11 @@ def edit_images(
     narrowest = min((module.dtype for module in modules), key=lambda dtype: dtype.itemsize)
     mixed = any(module.dtype != narrowest for module in modules)
     device = pipeline.unet.device
-    with torch.autocast(device.type, narrowest) if mixed else nullcontext():
+    size = {"height": height, "width": width} if family_of(pipeline).told_sizes else {}
+    with (
+        torch.autocast(device.type, narrowest) if mixed else nullcontext(),
+        _in_its_own_dtype(pipeline.vae) if pipeline.vae.dtype != narrowest else nullcontext(),
+    ):
         return pipeline(
             list(instructions),
             image=fitted,
@@ -90,7 +86,27 @@ def edit_images(
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
             return_dict=False,
+            **size,
         )[0]
+
+
+@contextmanager
+def _in_its_own_dtype(vae: Any) -> Iterator[None]:
+    """Inside, the VAE takes anything and computes as its weights are, autocast or not."""
+    encode, decode = vae.encode, vae.decode
+
+    def own(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(given: Tensor, *args: Any, **options: Any) -> Any:
+            with torch.autocast(given.device.type, enabled=False):
+                return call(given.to(vae.dtype), *args, **options)
+
+        return called
+
+    vae.encode, vae.decode = own(encode), own(decode)
+    try:
+        yield
+    finally:
+        del vae.encode, vae.decode
 
 
 def nearest_size(

@@ -27,6 +27,9 @@ MAY_CHANGE = frozenset(
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
         "precision.gradient_checkpointing",
+        "precision.checkpointing_keeps",
+        "precision.checkpointing_levels",
+        "precision.sharding",
         "precision.attention",
         "precision.compile",
         "precision.cuda_graphs",
@@ -41,9 +44,9 @@ _OF_ONE_START = {"output.overwrite", "output.resume_from_checkpoint"}
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every setting as {"section.name": value}, without the hub token."""
+    """Every setting as {"section.name": value}, as JSON holds it, without the hub token."""
     return {
-        f"{section}.{name}": value
+        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
         for section, values in dataclasses.asdict(config).items()
         for name, value in values.items()
         if f"{section}.{name}" not in _SECRET
@@ -108,7 +111,11 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     declared = get_type_hints(cls)[name]
     allowed: list[str] = []
     for option in get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,):
-        if isinstance(option, type):
+        if get_origin(option) is tuple:  # of floats
+            if isinstance(value, list) and {type(one) for one in value} <= {int, float}:
+                return tuple(map(float, value))
+            allowed.append("a list of numbers")
+        elif isinstance(option, type):
             if type(value) is option:
                 return value
             if option is float and type(value) is int:

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..kernels.chunks import upload
 from .encoders import Samples
 from .optim import AdamW
+from .sharding import no_reduce_between_machines
 from .world import World
 
 GROWTH_STEPS = 2000  # good steps before the loss scale doubles, as in torch.amp.GradScaler
@@ -21,11 +23,12 @@ class Rates(NamedTuple):
     """What the host decides about one update, on the device: a CUDA graph reads it anew."""
 
     lr: Tensor  # [] fp64
-    ema_weight: Tensor  # [] fp64, how far the averages move
+    ema_weights: Tensor  # [averages] fp64, how far each of the optimizer's averages moves
 
     @classmethod
-    def on(cls, device: torch.device, lr: float, ema_weight: float) -> "Rates":
-        return cls(*upload(torch.tensor([lr, ema_weight], dtype=torch.float64), device).unbind())
+    def on(cls, device: torch.device, lr: float, *ema_weights: float) -> "Rates":
+        rates = upload(torch.tensor([lr, *ema_weights], dtype=torch.float64), device)
+        return cls(rates[0], rates[1:])
 
 
 class StepResult(NamedTuple):
@@ -80,7 +83,7 @@ def train_step(
     to the next comes in tensors, and nothing waits for the host: a CUDA graph can hold it.
 
     Args:
-        model: the UNet, wrapped in DDP when there is more than one rank.
+        model: the UNet, wrapped in DDP or sharded when there is more than one rank.
         loss_fn: (model, samples) -> [] fp32, the sum over the samples of weight times loss.
         micro_batches: this rank's share of the window.
         slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
@@ -97,13 +100,13 @@ def train_step(
         totals += torch.stack((loss.detach(), samples.weights.sum()))
     loss, count = world.sum(totals)
 
-    # DDP has divided by the ranks; the mean is over the samples of the window.
+    # DDP, or FSDP2, has divided by the ranks; the mean is over the samples of the window.
     mean_factor = world.size * slots / (count.clamp(min=1.0) * loss_scale.scale)
     grad_norm = optimizer.grad_norm() * mean_factor
     finite = torch.isfinite(grad_norm)
     applied = finite & (count > 0)
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
-    optimizer.update(rates.lr, rates.ema_weight, mean_factor * clip, applied)
+    optimizer.update(rates.lr, rates.ema_weights, mean_factor * clip, applied)
     loss_scale.update(finite)
     return StepResult(loss, count, grad_norm, applied)
 
@@ -120,5 +123,10 @@ def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW
 
 
 def no_all_reduce(model: nn.Module):
-    """A micro-step that is not the last of its window keeps its gradients to itself."""
+    """A micro-step that is not the last of its window keeps its gradients to itself.
+
+    A sharded model has no room for them; they stay within the machine.
+    """
+    if isinstance(model, FSDPModule):
+        return no_reduce_between_machines(model)
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from .diffusion import Diffusion
 from .ema import Ema
 from .encoders import Encoders, Samples
 from .estimate import largest
+from .families import SIZE_IDS, Text, text_widths
 from .loss import EditLoss
 from .optim import make_optimizer
-from .plan import DTYPES
+from .plan import DTYPES, vae_dtype_of
+from .power_ema import PowerEma
 from .pretrained import Described
 from .step import LossScale, Rates, train_step
 from .unet import prepare_unet
@@ -78,24 +81,35 @@ class TrialRun:
             blank_unet(described).to_empty(device=device),
             device,
             gradient_checkpointing=config.precision.gradient_checkpointing,
+            checkpointing_keeps=config.precision.checkpointing_keeps,
+            checkpointing_levels=config.precision.checkpointing_levels,
             fused=fused,
             attention=config.precision.attention,
             param_dtype=config.precision.param_dtype,
             sums=not fused or config.sums_gradients(self.world.size),
+            adapter=config.adapter,
+            dtype=self.dtype,
         )
         named, masters = self.prepared.parameters, self.prepared.masters
         ema = Ema(named, config.optim.ema_decay) if config.optim.use_ema else None
-        self.optimizer = make_optimizer(named, config.optim, ema, masters, fused=fused)
+        kept = [PowerEma(named, length) for length in config.optim.post_hoc_ema]
+        self.optimizer = make_optimizer(named, config.optim, ema, masters, fused=fused, kept=kept)
         self.loss_scale = LossScale(self.dtype is torch.float16, device)
         diffusion = Diffusion.from_scheduler(
-            described.scheduler, described.vae["scaling_factor"], device
+            described.scheduler, described.vae["scaling_factor"], device, config.diffusion
         )
-        self.length = described.tokenizer.model_max_length
+        self.length = described.row_length
         self.side = config.data.resolution // described.vae_factor
-        width = self.prepared.unet.config["cross_attention_dim"]
-        self.null_text = torch.zeros(1, self.length, width, dtype=self.dtype, device=device)
+        width, pooled_width = text_widths(described.unet)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": device}
+        self.null_text = Text(
+            torch.zeros(1, described.tokens, width, **options),
+            torch.zeros(1, pooled_width, **options),
+        )
         rates = config.conditioning.rates
-        self.loss = EditLoss(diffusion, rates, self.null_text, config.loop.seed, self.dtype)
+        loss = EditLoss(diffusion, rates, self.null_text, config.loop.seed, self.dtype)
+        adapter = self.prepared.adapter
+        self.loss = loss if adapter is None else adapter.drawing(loss)
         self.encoders = None
         if config.data.cache_latents is None:
             vae, text_encoder = blank_encoders(config.model, described)
@@ -106,7 +120,10 @@ class TrialRun:
                 for _, buffer in part.named_buffers(recurse=False):
                     buffer.zero_()
             tokens = self._zeros(1).tokens
-            self.encoders = Encoders(vae, text_encoder, tokens, device, self.dtype, fused=fused)
+            vae_dtype = vae_dtype_of(config, described)
+            self.encoders = Encoders(
+                vae, text_encoder, tokens, device, self.dtype, vae_dtype=vae_dtype, fused=fused
+            )
 
     def update(self, images: int) -> None:
         """A few whole updates of a micro-batch of so many images."""
@@ -120,7 +137,7 @@ class TrialRun:
                 self.loss_scale,
                 self.world,
                 [self._samples(images)],
-                Rates.on(self.device, 0.0, 0.0),
+                Rates.on(self.device, 0.0, *[0.0] * self.config.optim.averages),
                 slots=images,
                 max_grad_norm=1.0,
             )
@@ -132,8 +149,16 @@ class TrialRun:
         if self.encoders is not None:
             return self.encoders.encode(batch)
         latents = torch.zeros(images, 4, self.side, self.side, dtype=self.dtype, device=self.device)
-        text = self.null_text.repeat(images, 1, 1)
-        return Samples(latents, latents, latents, text, batch.positions, batch.weights)
+        return Samples(
+            target_mean=latents,
+            target_std=latents,
+            condition=latents,
+            text=self.null_text.states.repeat(images, 1, 1),
+            pooled=self.null_text.pooled.repeat(images, 1),
+            size_ids=batch.size_ids,
+            positions=batch.positions,
+            weights=batch.weights,
+        )
 
     def _zeros(self, images: int) -> PixelBatch:
         side = self.config.data.resolution
@@ -143,5 +168,6 @@ class TrialRun:
 
         pixels = zeros(3, side, side, dtype=torch.uint8)
         tokens = zeros(self.length, dtype=torch.int64)
+        size_ids = zeros(SIZE_IDS, dtype=torch.float32)
         positions, weights = zeros(dtype=torch.int64), zeros(dtype=torch.float32)
-        return PixelBatch(pixels, pixels, tokens, positions, weights, ())
+        return PixelBatch(pixels, pixels, tokens, size_ids, positions, weights, ())

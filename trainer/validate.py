@@ -7,10 +7,9 @@ changes nothing in training and shows the same noise every time.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class Validator:
     def __init__(
         self,
         section: ValidationConfig,
-        pipeline: StableDiffusionInstructPix2PixPipeline,
+        pipeline: Any,
         encoders: Encoders,
         loss_fn: EditLoss,
         pairs: EditPairs,
@@ -100,12 +99,16 @@ class Validator:
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
         """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps."""
-        mine = self.rows[self.world.rank :: self.world.size]
+        mine: list[int | None] = [*self.rows[self.world.rank :: self.world.size]]
+        # As often as every rank: a sharded UNet is run by all of them together.
+        mine += [None] * (-(-len(self.rows) // self.world.size) - len(mine))
         totals = torch.zeros(len(CONDITIONS) + 1, device=self.world.device)
         errors: list[str] = []
         for start in range(0, len(mine), self.batch_size):
             rows = mine[start : start + self.batch_size]
-            batch = collate([self.pairs.sample(row) for row in rows])
+            batch = collate(
+                [self.pairs.blank() if row is None else self.pairs.sample(row) for row in rows]
+            )
             errors += batch.errors
             samples = self.encoders.encode(batch)
             for index, drops in enumerate(CONDITIONS.values()):
@@ -179,7 +182,7 @@ def pixels_to_image(pixels: Tensor) -> Image.Image:
 
 
 def sample_pictures(
-    pipeline: StableDiffusionInstructPix2PixPipeline,
+    pipeline: Any,
     pictures: Sequence[Picture],
     world: World,
     *,
@@ -192,8 +195,10 @@ def sample_pictures(
     """The edits of all pictures, of one size, made by all ranks, in order and on every rank."""
     width, height = pictures[0].original.size
     factor = pipeline.vae_scale_factor
-    mine = pictures[world.rank :: world.size]
-    each = -(-len(pictures) // world.size)  # ranks with fewer pictures send black ones along
+    mine = [*pictures[world.rank :: world.size]]
+    each = -(-len(pictures) // world.size)
+    # Ranks with fewer pictures edit one that nobody sees: all run a sharded UNet together.
+    mine += [pictures[0]] * (each - len(mine))
     edited: list[Image.Image] = []
     for start in range(0, len(mine), batch_size):
         chunk = mine[start : start + batch_size]

@@ -22,6 +22,7 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1  # ranks of this machine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property

@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from fusedit.benchmarks import cache, harness
 from fusedit.benchmarks.cache import Building, Case, Found
 from fusedit.trainer import cache_build
+from fusedit.trainer.families import STABLE_DIFFUSION, TextEncoder
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,8 @@ def tiny_encoders():
     text = CLIPTextConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
-    return AutoencoderKL(norm_num_groups=4, **blocks), CLIPTextModel(text)
+    vae = AutoencoderKL(norm_num_groups=4, **blocks)
+    return vae, TextEncoder(STABLE_DIFFUSION, {"text_encoder": CLIPTextModel(text)})
 
 
 def test_what_a_gpu_builds_has_mirrors_and_comes_from_jpegs(tmp_path, monkeypatch):
@@ -82,7 +84,7 @@ def test_what_a_gpu_builds_has_mirrors_and_comes_from_jpegs(tmp_path, monkeypatc
     found = building.run()
     assert found.wrong == ""
     assert len(found.shard_ms) == 1
-    assert building.cache.shape.latents_shape == (2, 1, 3, 4, 16, 16)
+    assert building.cache.shape.latents_shape(0) == (2, 1, 3, 4, 16, 16)
     assert building.cache.shape.text == (77, 8)
     texts = [building.cache.open(name, "digest")[0] for name in building.cache.shards("texts")]
     assert sum(map(len, texts)) == 8 // 2 + 1  # two pairs to a text, and the empty one

@@ -54,6 +54,30 @@ def test_ranks_and_micro_steps_do_not_change_the_weights(inputs, tmp_path, max_g
                 assert distance < 1e-5, f"{name} {file} {key}: {distance:.1e}"
 
 
+def test_nor_do_they_with_more_noise_and_weights_of_timesteps(inputs, tmp_path):
+    """The last window is short: what its mean divides by is the samples, not their weights."""
+    flags = [
+        "--snr_gamma=1",
+        "--noise_offset=0.3",
+        "--input_perturbation=0.2",
+        "--min_timestep=100",
+        "--prediction_type=v_prediction",
+        "--post_hoc_ema",
+        "0.05",
+        "0.1",
+    ]
+    alone = _train(inputs, tmp_path, "1x8", 1, 8, 1, *flags)
+    plain = _train(inputs, tmp_path, "plain", 1, 8, 1)
+    other = _train(inputs, tmp_path, "2x2x2", 2, 2, 2, *flags)
+    for file in ("unet", "ema", "ema_0.05", "ema_0.1"):
+        expected, weights = (load_file(f / f"{file}.safetensors") for f in (alone, other))
+        for key, value in weights.items():
+            distance = (value - expected[key]).norm() / expected[key].norm()
+            assert distance < 1e-5, f"{file} {key}: {distance:.1e}"
+    expected = load_file(plain / "unet.safetensors")["conv_in.weight"]
+    assert not torch.equal(load_file(alone / "unet.safetensors")["conv_in.weight"], expected)
+
+
 def test_ranks_add_up_in_the_masters_fp32(inputs, tmp_path):
     """Two ranks give the bf16 gradients that two micro-steps give; fp32 sums lose none of them."""
     flags = "--mixed_precision=bf16", "--param_dtype=bf16"

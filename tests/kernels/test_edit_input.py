@@ -23,6 +23,13 @@ OPTIONS = {
     "prediction_type": "v_prediction",
     "dtype": torch.float32,
 }
+MORE_NOISE = {  # amounts that no other term hides
+    "noise_offset": 0.7,
+    "noise_offset_purpose": Purpose.NOISE_OFFSET.value,
+    "input_perturbation": 0.4,
+    "input_perturbation_purpose": Purpose.INPUT_PERTURBATION.value,
+}
+OFFSET, PERTURBATION = dict([*MORE_NOISE.items()][:2]), dict([*MORE_NOISE.items()][2:])
 ODD = [(3, 5, 7), (2, 1, 1), (1, 3, 2), (2, 6, 6), (1, 1, 4), (2, 17, 16), (1, 11, 27)]
 
 
@@ -54,16 +61,32 @@ def rows(batch, at):
     return {name: value if name in tables else value[at] for name, value in batch.items()}
 
 
-def truth(batch, *, seed, posterior_purpose, noise_purpose, latent_scale, prediction_type, dtype):
+def truth(
+    batch,
+    *,
+    seed,
+    posterior_purpose,
+    noise_purpose,
+    latent_scale,
+    prediction_type,
+    dtype,
+    noise_offset=0.0,
+    noise_offset_purpose=0,
+    input_perturbation=0.0,
+    input_perturbation_purpose=0,
+):
     """Latents and target in fp64, each with the error it may have, of the definition's normals.
 
     Normals may be NORMAL_ULPS off, and each product and sum rounds once in fp32.
     """
-    draw = {
-        purpose: draw_normal(seed, purpose, batch["positions"], batch["target_mean"].shape[1:])
-        for purpose in (posterior_purpose, noise_purpose)
-    }
-    posterior, epsilon = draw[posterior_purpose].double(), draw[noise_purpose].double()
+
+    def draw(purpose, *shape):
+        return draw_normal(seed, purpose, batch["positions"], shape).double()
+
+    shape = batch["target_mean"].shape[1:]
+    posterior, epsilon = draw(posterior_purpose, *shape), draw(noise_purpose, *shape)
+    offset = noise_offset * draw(noise_offset_purpose, 4, 1, 1)
+    more = input_perturbation * draw(input_perturbation_purpose, *shape)
     mean, std, condition = (
         batch[name].double() for name in ("target_mean", "target_std", "condition")
     )
@@ -75,9 +98,12 @@ def truth(batch, *, seed, posterior_purpose, noise_purpose, latent_scale, predic
     eps = torch.finfo(torch.float32).eps
     drawn = NORMAL_ULPS * eps
     slack = latent_scale * (2 * eps * mean.abs() + (drawn + 2 * eps) * (std * posterior).abs())
-    noise_slack = (drawn + 2 * eps) * epsilon.abs()
-    noisy = alpha * clean + sigma * epsilon
-    noisy_slack = alpha * (slack + 2 * eps * clean.abs()) + sigma * noise_slack
+    # Each amount is rounded to fp32, multiplied, and added.
+    noise_slack = (drawn + 3 * eps) * epsilon.abs() + (drawn + 4 * eps) * offset.abs()
+    epsilon = epsilon + offset
+    mixed_slack = noise_slack + (drawn + 4 * eps) * more.abs() + eps * epsilon.abs()
+    noisy = alpha * clean + sigma * (epsilon + more)
+    noisy_slack = alpha * (slack + 2 * eps * clean.abs()) + sigma * mixed_slack
     shown = condition.masked_fill(batch["drop_image"][:, None, None, None], 0.0)
     latents = torch.cat((noisy, shown), dim=1)
     rounding = latents.abs() * (torch.finfo(dtype).eps / 2) + torch.finfo(dtype).tiny
@@ -121,6 +147,44 @@ def test_right_in_any_dtype(dtype, out, device):
         assert_right(inputs(shape, dtype, device), dtype=out)
 
 
+@pytest.mark.parametrize("more", [OFFSET, PERTURBATION, MORE_NOISE], ids=["offset", "more", "all"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("shape", [*ODD, (2, 8, 8)], ids=str)
+def test_more_noise_is_right_on_any_size(shape, prediction_type, more, device, launches):
+    batch = inputs(shape, device=device)
+    assert_right(batch, prediction_type=prediction_type, **more)
+    assert launches == ["_forward_kernel"]  # one pass, as without it
+
+
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_noise_is_right_in_any_dtype(dtype, out, device):
+    for shape in ((2, 8, 8), (2, 3, 3)):
+        assert_right(inputs(shape, dtype, device), dtype=out, **MORE_NOISE)
+
+
+@pytest.mark.parametrize("op", [edit_input, edit_input_reference])
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 5, 3)], ids=str)
+def test_the_offset_is_one_number_a_channel_and_is_predicted(op, shape, device):
+    """Of latents that are 0: the input is sigma times all of the noise, the target epsilon's."""
+    batch = inputs(shape, device=device) | {"timesteps": torch.full((3,), 500, device=device)}
+    for name in ("target_mean", "target_std"):
+        batch[name] = torch.zeros_like(batch[name])
+    options = OPTIONS | {"prediction_type": "epsilon"}
+    latents, target = op(**batch, **options)
+    shifted, shifted_target = op(**batch, **options, **OFFSET)
+    added = shifted_target - target
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), atol=2e-6, rtol=0)
+    assert added[:, :, 0, 0].unique().numel() == 12  # samples times channels
+    sigma = batch["noise"][500]
+    torch.testing.assert_close(shifted[:, :4] - latents[:, :4], sigma * added, atol=2e-6, rtol=0)
+    perturbed, perturbed_target = op(**batch, **options, **PERTURBATION)
+    assert torch.equal(perturbed_target, target)
+    difference = (perturbed - latents)[:, :4] / sigma
+    assert 0.2 < difference.std() < 0.6  # of 0.4
+    assert torch.equal(perturbed[:, 4:], latents[:, 4:])
+
+
 def test_dtypes_may_differ(device):
     batch = inputs((2, 8, 4), device=device)
     batch["target_mean"] = batch["target_mean"].half()
@@ -128,20 +192,29 @@ def test_dtypes_may_differ(device):
     assert_right(batch)
 
 
+@pytest.mark.parametrize("more", [{}, MORE_NOISE], ids=["", "more noise"])
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_the_definition_is_that_of_diffusers(prediction_type, zero_snr):
+def test_the_definition_is_that_of_diffusers(prediction_type, zero_snr, more):
+    """With more noise that of its train_text_to_image.py, in its words and order."""
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_snr)
     alpha_bar = scheduler.alphas_cumprod
     batch = inputs((5, 6, 4)) | {"signal": alpha_bar.sqrt(), "noise": (1 - alpha_bar).sqrt()}
     batch["timesteps"] = torch.tensor([0, 1, 500, 998, 999])
-    options = OPTIONS | {"prediction_type": prediction_type}
-    posterior, noise = (
-        draw_normal(options["seed"], purpose, batch["positions"], (4, 6, 4))
-        for purpose in (Purpose.POSTERIOR, Purpose.NOISE)
+    options = OPTIONS | {"prediction_type": prediction_type} | more
+    posterior, noise, perturbation, offset = (
+        draw_normal(options["seed"], purpose, batch["positions"], shape)
+        for purpose, shape in (
+            (Purpose.POSTERIOR, (4, 6, 4)),
+            (Purpose.NOISE, (4, 6, 4)),
+            (Purpose.INPUT_PERTURBATION, (4, 6, 4)),
+            (Purpose.NOISE_OFFSET, (4, 1, 1)),
+        )
     )
+    noise = noise + more.get("noise_offset", 0) * offset
+    new_noise = noise + more.get("input_perturbation", 0) * perturbation
     clean = (batch["target_mean"] + batch["target_std"] * posterior) * options["latent_scale"]
-    noisy = scheduler.add_noise(clean, noise, batch["timesteps"])
+    noisy = scheduler.add_noise(clean, new_noise, batch["timesteps"])
     shown = batch["condition"].masked_fill(batch["drop_image"][:, None, None, None], 0.0)
     velocity = scheduler.get_velocity(clean, noise, batch["timesteps"])
     latents, target = edit_input_reference(**batch, **options)
@@ -153,10 +226,11 @@ def test_the_definition_is_that_of_diffusers(prediction_type, zero_snr):
 @pytest.mark.parametrize("shape", [(6, 4, 4), (6, 5, 7)], ids=str)
 def test_a_sample_is_the_same_alone_and_in_any_batch_and_order(op, shape, device):
     batch = inputs(shape, device=device)
-    whole = op(**batch, **OPTIONS)
+    options = OPTIONS | MORE_NOISE
+    whole = op(**batch, **options)
     order = torch.tensor([3, 0, 5, 1, 4, 2], device=device)
-    halves = [op(**rows(batch, at), **OPTIONS) for at in (slice(0, 2), slice(2, 6))]
-    shuffled = op(**rows(batch, order), **OPTIONS)
+    halves = [op(**rows(batch, at), **options) for at in (slice(0, 2), slice(2, 6))]
+    shuffled = op(**rows(batch, order), **options)
     for index, ours in enumerate(whole):
         assert torch.equal(ours, torch.cat([half[index] for half in halves]))
         assert torch.equal(ours[order], shuffled[index])
@@ -165,7 +239,7 @@ def test_a_sample_is_the_same_alone_and_in_any_batch_and_order(op, shape, device
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
-    purposes=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+    purposes=st.tuples(*[st.integers(0, 2**32 - 1)] * 4),
     position=st.integers(0, 2**63 - 1),
     height=st.integers(1, 4),
     width=st.integers(1, 6),
@@ -175,7 +249,9 @@ def test_right_for_any_seed_purpose_and_position(
 ):
     batch = inputs((2, height, width), device="cuda" if GPU else "cpu")
     batch["positions"][0] = position
-    assert_right(batch, seed=seed, posterior_purpose=purposes[0], noise_purpose=purposes[1])
+    names = [name for name in (*OPTIONS, *MORE_NOISE) if name.endswith("_purpose")]
+    amounts = {"noise_offset": 0.7, "input_perturbation": 0.4}
+    assert_right(batch, seed=seed, **amounts, **dict(zip(names, purposes, strict=True)))
 
 
 def test_each_half_of_a_position_and_seed_and_each_purpose_changes_every_draw(device):
@@ -275,7 +351,7 @@ def test_opcheck(device):
             tensors = tuple(inputs(shape, device=device).values())
             opcheck(
                 torch.ops.fusedit.edit_input,
-                (*tensors, 2**32 - 1, 7, 6, 7, 0.18215, True, dtype),
+                (*tensors, 2**32 - 1, 7, 6, 7, 17, 18, 0.18215, 0.1, 0.2, True, dtype),
             )
 
 
@@ -318,6 +394,11 @@ def test_fakes_have_the_strides_of_what_is_returned(device):
         ({"seed": 2**64}, ValueError, "seed must be"),
         ({"posterior_purpose": 2**32}, ValueError, "posterior_purpose must be 0 to"),
         ({"noise_purpose": -1}, ValueError, "noise_purpose must be 0 to"),
+        ({"noise_offset_purpose": -1}, ValueError, "noise_offset_purpose must be 0 to"),
+        ({"input_perturbation_purpose": 2**32}, ValueError, "input_perturbation_purpose must"),
+        ({"noise_offset": -0.1}, ValueError, "noise_offset must be 0 or more, got -0.1"),
+        ({"noise_offset": float("inf")}, ValueError, "noise_offset must be 0 or more, got inf"),
+        ({"input_perturbation": float("nan")}, ValueError, "input_perturbation must be 0 or more"),
         ({"target_mean": torch.zeros(2, 3, 4, 4)}, ValueError, r"target_mean .*\[2, 3, 4, 4\]"),
         ({"target_mean": torch.zeros(4, 4, 4)}, ValueError, r"target_mean must be \[n, 4, h, w\]"),
         ({"target_std": torch.zeros(2, 4, 4, 3)}, ValueError, r"target_std must be \[2, 4, 4, 4\]"),

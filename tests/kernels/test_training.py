@@ -13,6 +13,7 @@ from fusedit.kernels.unet import FusedResnetBlock
 from fusedit.trainer.config import Format
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Encoders, Samples
+from fusedit.trainer.families import STABLE_DIFFUSION, Text, TextEncoder
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.unet import grow_conv_in, prepare_unet
 
@@ -26,6 +27,8 @@ def samples(width: int, device: str) -> Samples:
         target_std=torch.rand(shape, device=device),
         condition=torch.randn(shape, device=device),
         text=torch.randn(3, 5, width, device=device),
+        pooled=torch.zeros(3, 0, device=device),
+        size_ids=torch.zeros(3, 6, device=device),
         positions=torch.tensor([7, 2**33, 9], device=device),
         weights=torch.tensor([1.0, 1.0, 0.0], device=device),
     )
@@ -38,13 +41,13 @@ def gradients(
     torch.manual_seed(1)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     grow_conv_in(unet, "base")
-    unet, _, lines = prepare_unet(
+    unet, _, lines, _ = prepare_unet(
         unet, torch.device(device), fused=fused, attention="triton", param_dtype=param_dtype
     )
     assert ("time embedding + GroupNorm + SiLU" in str(lines)) == fused
     width = unet.config["cross_attention_dim"]
     diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, torch.device(device))
-    null_text = torch.zeros(1, 5, width, device=device)
+    null_text = Text(torch.zeros(1, 5, width, device=device), torch.zeros(1, 0, device=device))
     loss_fn = EditLoss(diffusion, (0.2, 0.2, 0.2), null_text, 5, dtype)
     loss = loss_fn(unet, samples(width, device))
     names, parameters = zip(*unet.named_parameters(), strict=True)
@@ -93,7 +96,8 @@ def test_the_vae_encodes_by_our_norms(tmp_path, launches, device):
     found = []
     for fused, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
         vae = AutoencoderKL.from_pretrained(base / "vae")
-        text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+        clip = CLIPTextModel.from_pretrained(base / "text_encoder")
+        text_encoder = TextEncoder(STABLE_DIFFUSION, {"text_encoder": clip})
         tokens = torch.full((1, 8), 3)
         where = torch.device(device)
         encoders = Encoders(vae, text_encoder, tokens, where, dtype, fused=fused)

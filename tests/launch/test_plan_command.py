@@ -31,7 +31,7 @@ def here(inputs, counts, monkeypatch):
     """Beside the inputs; what was counted once is not counted again, for it takes a second."""
 
     def count_once(config, described):
-        key = config.model, config.data, config.precision
+        key = config.model, config.data, config.precision, config.adapter
         if key not in counts:
             counts[key] = estimate.count_run(config, described)
         return counts[key]
@@ -82,6 +82,27 @@ def test_what_it_tells_a_person(capsys):
     assert any(line.split()[:1] == ["total"] and "of 79.65: fits" in line for line in lines)
 
 
+def test_averages_for_later_take_memory_time_and_disk(capsys):
+    plain = _facts(capsys, max_train_steps=1200)
+    lengths = "--post_hoc_ema", "0.05", "0.1"
+    facts = _facts(capsys, *lengths, max_train_steps=1200)
+    each = facts["memory_bytes"]["averages (EMA)"] / 2
+    assert each == plain["memory_bytes"]["parameters"]
+    assert facts["snapshot_bytes"] == 2 * each
+    assert facts["checkpoint_bytes"] == plain["checkpoint_bytes"] + 2 * each
+    assert facts["step_ms"]["optimizer"] > 1.3 * plain["step_ms"]["optimizer"]
+    assert plain["snapshot_bytes"] == 0
+    assert cli.main(_flags(*lengths, max_train_steps=1200, ema_snapshot_steps=100)) == 0
+    (line,) = [at for at in capsys.readouterr().out.splitlines() if at.startswith("snapshots")]
+    assert "each, 12 kept: " in line
+
+
+def test_a_plan_refuses_what_the_pipelines_schedule_does_not_serve(capsys):
+    assert "which needs v-prediction" in _mistake(capsys, "--rescale_betas_zero_snr")
+    assert "--max_timestep 2000 must be at most 1000" in _mistake(capsys, max_timestep=2000)
+    assert "--lr_power 2.0 is for" in _mistake(capsys, lr_power=2.0)
+
+
 def test_what_it_tells_a_machine(capsys):
     facts = _facts(capsys, nproc_per_node=2, gradient_accumulation_steps=3)
     assert facts["estimated_not_measured"] is True
@@ -99,6 +120,17 @@ def test_fewer_rows_are_trained_on(capsys):
     facts = _facts(capsys, train_batch_size=4, max_train_samples=9, held_out=5)
     assert facts["steps"] == 3 * 3
     assert facts["cache_bytes"] == 9 * 3 * 4 * 8 * 8 * 2 + 10 * 16 * 16 * 2
+
+
+def test_an_adapter_is_counted_and_its_flags_are_checked(capsys):
+    whole, adapter = _facts(capsys), _facts(capsys, "--use_ema", lora_rank=2)
+    assert adapter["checkpoint_bytes"] < 0.3 * whole["checkpoint_bytes"]
+    trained = adapter["memory_bytes"]["moments"] // 8
+    assert adapter["checkpoint_bytes"] == 16 * trained
+    assert adapter["pipeline_bytes"] == 8 * trained
+    for data in ("data", None):
+        told = _mistake(capsys, lora_alpha=3, train_data_dir=data, max_train_steps=2)
+        assert told == "fusedit: --lora_alpha 3.0 needs --lora_rank; or leave it out\n"
 
 
 def test_its_help_tells_its_own_flags_too(capsys):
@@ -204,6 +236,21 @@ def test_advice_when_one_flag_is_not_enough(card, capsys):
     taken = _facts(capsys, *options.split(), gpu="small", train_batch_size=None)
     assert taken["fits"]
     assert taken["global_batch"] == 256
+
+
+def test_several_gpus_are_told_to_share(card, capsys):
+    two, shares = "--nproc_per_node=2", "--sharding=fsdp"
+    whole, shared = _facts(capsys, two), _facts(capsys, two, shares)
+    parts = shared["memory_bytes"]
+    for name in ("parameters", "gradients", "moments"):
+        assert 2 * parts[name] == whole["memory_bytes"][name]
+    assert 0 < parts["gathered blocks"] < whole["memory_bytes"]["parameters"] * 2
+    card((whole["memory_total_bytes"] + shared["memory_total_bytes"]) / 2 / MIB)
+    options = _facts(capsys, two, gpu="small")["advice"].split(": ")[1].split("; or ")
+    assert "--sharding fsdp" in options
+    assert "--use_8bit_adam" not in options  # not beside it
+    assert _facts(capsys, two, shares, gpu="small")["fits"]
+    assert "--sharding" not in _facts(capsys, gpu="small")["advice"]  # with whom?
 
 
 def test_no_advice_helps_a_card_of_no_size(card, capsys):

@@ -90,6 +90,26 @@ def test_a_run_leaves_a_pipeline_that_the_guides_snippet_loads(here):
     assert "--train_data_dir=data" in (out / "README.md").read_text()
 
 
+def test_zero_terminal_snr_is_exported_with_its_prediction_and_spacing(here):
+    """From a pipeline that predicts epsilon, sampled by PNDM, which knows of no zero SNR."""
+    flags = "--rescale_betas_zero_snr", "--prediction_type=v_prediction", "--snr_gamma=5"
+    more = {"noise_offset": 0.1, "input_perturbation": 0.1, "min_timestep": 10}
+    looked_at = {"held_out": 2, "validation_inference_steps": 2, "log_every": 1}
+    assert train.main(_flags(*flags, **more, **looked_at)) == 0
+    scheduler = StableDiffusionInstructPix2PixPipeline.from_pretrained(here / "out").scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config["prediction_type"] == "v_prediction"
+    assert scheduler.config["rescale_betas_zero_snr"] is True
+    assert scheduler.config["timestep_spacing"] == "trailing"
+    assert not scheduler.config["clip_sample"]
+    assert scheduler.alphas_cumprod[-1] == 0
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps[0] == 999
+    assert (here / "out" / "validation" / "step-000002.png").exists()
+    lines = [json.loads(line) for line in (here / "out" / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss"] is not None for line in lines if "loss" in line)
+
+
 def test_half_precision_training_does_not_round_what_is_exported(here):
     assert train.main(_flags(mixed_precision="bf16")) == 0
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
@@ -215,6 +235,9 @@ def _truncate(here: Path) -> None:
         ({"resolution": 17}, "--resolution 17 must be a multiple of 2"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
         ({"attention": "triton"}, "--attention triton needs a GPU; on a CPU take auto"),
+        ({"max_timestep": 1001}, "--max_timestep 1001 must be at most 1000"),
+        ({"lr_num_cycles": 2}, "--lr_num_cycles 2 is for --lr_scheduler cosine_with_restarts"),
+        ({"ema_snapshot_steps": 5}, "--ema_snapshot_steps 5 is of --post_hoc_ema"),
         (
             {"val_image_url": "no.png", "validation_prompt": "x"},
             "--val_image_url no.png: there is no such",
@@ -245,6 +268,25 @@ def test_a_pipeline_that_cannot_be_trained(here, capfd, file, old, new, message)
     assert old in config.read_text()
     config.write_text(config.read_text().replace(old, new))
     assert message in _mistake(capfd, _flags())
+
+
+def test_zero_terminal_snr_is_for_v_prediction(here, capfd):
+    line = _mistake(capfd, _flags("--rescale_betas_zero_snr"))
+    assert "take --prediction_type v_prediction" in line
+
+
+def test_another_objective_is_another_run(here, capfd):
+    assert train.main(_flags(max_train_steps=1)) == 0
+    for name, value in {
+        "snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "prediction_type": "v_prediction",
+        "min_timestep": 10,
+        "max_timestep": 900,
+        "post_hoc_ema": 0.1,
+    }.items():
+        assert f"holds another run: --{name} was " in _mistake(capfd, _flags(**{name: value}))
 
 
 def test_a_file_where_logs_should_go(here, capfd):

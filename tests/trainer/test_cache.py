@@ -93,7 +93,7 @@ def _open(config, stop_requested=lambda: False):
 def _live(config):
     """The samples of a run without the cache: the pairs, and their encoders."""
     plan = make_plan(config, World())
-    tokenize = make_tokenize(plan.described.tokenizer)
+    tokenize = make_tokenize(plan.described.tokenizers)
     encoders = Encoders(
         *load_encoders(config.model), tokenize("")[None], World().device, plan.dtype
     )
@@ -155,13 +155,17 @@ def test_a_position_has_the_sample_of_a_run_without_the_cache(here, settings):
         assert torch.equal(found.weights, expected.weights)
         used = expected.weights > 0
         assert used.any()
-        assert torch.equal(found.text[~used], cached.null_text().expand_as(found.text[~used]))
-        for name in ("target_mean", "target_std", "condition", "text"):
+        assert torch.equal(
+            found.text[~used], cached.null_text().states.expand_as(found.text[~used])
+        )
+        for name in ("target_mean", "target_std", "condition", "text", "pooled", "size_ids"):
             ours, theirs = getattr(found, name), getattr(expected, name)
             assert ours.dtype == theirs.dtype
             assert ours.is_contiguous()
             torch.testing.assert_close(ours[used], theirs[used], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cached.null_text(), encoders.null_text, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        cached.null_text().states, encoders.null_text.states, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_losses_are_those_of_a_run_without_the_cache(here):
@@ -239,7 +243,8 @@ def test_a_crop_that_is_taken_is_one_that_is_kept_and_pairs_stay_pairs(here):
         caching.wanted_units(plan.rows, plan.train_rows),
         config.data,
         cached._cache.shape,
-        make_tokenize(plan.described.tokenizer),
+        make_tokenize(plan.described.tokenizers),
+        plan.buckets,
     )
     visits = pickle.loads(pickle.dumps(visits))  # as workers get them
     every = visits.collate(visits.__getitems__([0, 1]))
@@ -494,7 +499,7 @@ def test_it_waits_for_another_run_that_builds_the_same(here, monkeypatch):
 def test_it_needs_the_space_before_it_starts(here, monkeypatch):
     usage = shutil.disk_usage(here)._replace(free=1000)
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage)
-    size = in_bytes(COUNT * 2 * 3 * 4 * 8 * 8 * 4)
+    size = in_bytes(COUNT * 2 * (3 * 4 * 8 * 8 * 4 + 6 * 4))
     with pytest.raises(UsageError, match=f"{size} are to be written to .* where 1 kB are free"):
         _open(_config(here))
     assert not list((here / "cache").rglob("*.safetensors"))
@@ -545,7 +550,7 @@ def test_a_row_that_was_skipped_weighs_nothing_and_is_told_or_stops(here):
     assert found.errors == expected.errors
     assert len(found.errors) == 1
     assert not found.latents[:, found.weights == 0].any()
-    text = cached.null_text().expand_as(found.text[found.weights == 0])
+    text = cached.null_text().states.expand_as(found.text[found.weights == 0])
     assert torch.equal(found.text[found.weights == 0], text)
 
     stopping = _config(here, on_bad_sample="stop")

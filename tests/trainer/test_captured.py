@@ -4,15 +4,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from jobs import Job
+from jobs import OPTIONS, Job
 from recorder import record
 from tiny import save_tiny_pipeline
 
 from fusedit.trainer.captured import Captured, record_graph
+from fusedit.trainer.config import AdapterConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.step import Rates
 
-PRECISIONS = [{}, {"fp16": True}, {"param_dtype": "bf16"}, {"gradient_checkpointing": True}]
+ADAPTER = AdapterConfig(lora_rank=2, lora_dropout=0.5)
+SETTINGS = [
+    {},
+    {"fp16": True},
+    {"param_dtype": "bf16"},
+    {"gradient_checkpointing": True},
+    OPTIONS,
+    {"adapter": ADAPTER, "gradient_checkpointing": True},
+]
 STEPS, EAGER_STEPS = 6, 2
 
 
@@ -30,14 +39,14 @@ def _results(base, device, captured, **settings):
         update = Captured(job.update, record=recorder, eager_steps=EAGER_STEPS)
     results = [job.step(number, update) for number in range(1, STEPS + 1)]
     if captured:
-        assert update.graph is not None
+        assert update.first is not None
         update.close()
     return {
         f"{i} {n}": v for i, r in enumerate(results) for n, v in r._asdict().items()
     } | job.moved()
 
 
-@pytest.mark.parametrize("settings", PRECISIONS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 @pytest.mark.parametrize("fused", [False, True], ids=["pytorch", "one pass"])
 def test_a_graph_does_what_the_updates_do_one_by_one(fused, settings, base, device):
     if device == "cuda" and not fused:
@@ -66,7 +75,7 @@ def test_the_first_updates_are_real_and_not_captured(base):
     calls = []
     job = Job(base, "cpu")
 
-    def counted(call):
+    def counted(call, beside):
         calls.append(job.scale)
         return record(call)
 

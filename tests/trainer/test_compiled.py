@@ -7,6 +7,7 @@ from fusedit.trainer.compiled import check_gradients, compile_unet, differing, e
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.families import Text
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.unet import grow_conv_in
 
@@ -41,10 +42,11 @@ def check(unet):
     width = unet.config["cross_attention_dim"]
     samples = Samples(
         target_mean=latents, target_std=latents, condition=latents,
-        text=torch.randn(2, 5, width), positions=torch.arange(2), weights=torch.zeros(2),
+        text=torch.randn(2, 5, width), pooled=torch.zeros(2, 0), size_ids=torch.zeros(2, 6),
+        positions=torch.arange(2), weights=torch.zeros(2),
     )  # fmt: skip
     diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, torch.device("cpu"))
-    null_text = torch.zeros(1, 5, width)
+    null_text = Text(torch.zeros(1, 5, width), torch.zeros(1, 0))
     loss_fn = EditLoss(diffusion, (0.0, 0.0, 0.0), null_text, 5, torch.float32)
     return lambda parts: check_gradients(unet, loss_fn, samples, torch.float32, parts)
 

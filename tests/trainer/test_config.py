@@ -1,11 +1,14 @@
 import dataclasses
+import json
 
 import pytest
 
 from fusedit.trainer.config import (
     ConditioningConfig,
     DataConfig,
+    DiffusionConfig,
     LoopConfig,
+    ModelConfig,
     OptimConfig,
     OutputConfig,
     RunConfig,
@@ -27,7 +30,13 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 
 def test_what_is_saved_reads_back_alike_and_holds_no_token(tmp_path):
     run = RunConfig(
-        optim=OptimConfig(learning_rate=3e-5, max_grad_norm=float("inf"), use_ema=True),
+        optim=OptimConfig(
+            learning_rate=3e-5,
+            max_grad_norm=float("inf"),
+            use_ema=True,
+            post_hoc_ema=(0.05, 0.1),
+        ),
+        diffusion=DiffusionConfig(prediction_type="v_prediction", snr_gamma=5.0),
         loop=LoopConfig(max_train_steps=7),
         output=OutputConfig(hub_token="hf_secret"),
     )
@@ -51,6 +60,10 @@ def test_flags_may_stand_without_a_section(tmp_path):
         ("resolution = 0.5", "resolution must be int, got 0.5"),
         ("mixed_precision = 'fp8'", "mixed_precision must be no or fp16 or bf16, got 'fp8'"),
         ("use_ema = 1", "use_ema must be bool, got 1"),
+        ("post_hoc_ema = 0.05", "post_hoc_ema must be a list of numbers, got 0.05"),
+        ("post_hoc_ema = ['a']", "post_hoc_ema must be a list of numbers"),
+        ("post_hoc_ema = [true]", "post_hoc_ema must be a list of numbers"),
+        ("snr_gamma = true", "snr_gamma must be float, got True"),
         ("x = ", "run.toml: "),
     ],
 )
@@ -77,6 +90,17 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
             "--validation_image_guidance_scale must be 1",
         ),
         (lambda: OutputConfig(report_to="comet_ml"), "--report_to knows tensorboard"),
+        (lambda: DiffusionConfig(snr_gamma=0), "--snr_gamma must be above 0, got 0; leave it out"),
+        (lambda: DiffusionConfig(snr_gamma=float("nan")), "--snr_gamma must be above 0"),
+        (lambda: DiffusionConfig(noise_offset=-0.1), "--noise_offset must be 0 or more, got -0.1"),
+        (lambda: DiffusionConfig(input_perturbation=float("inf")), "--input_perturbation must"),
+        (lambda: DiffusionConfig(min_timestep=-1), "--min_timestep must be 0 or more"),
+        (lambda: DiffusionConfig(max_timestep=0), "--max_timestep must be 1 or more"),
+        (lambda: OptimConfig(lr_num_cycles=0), "--lr_num_cycles must be 1 or more"),
+        (lambda: OptimConfig(lr_power=0), "--lr_power must be above 0, got 0"),
+        (lambda: OptimConfig(post_hoc_ema=(0.05, 0.3)), "--post_hoc_ema 0.05 0.3: a length is"),
+        (lambda: OptimConfig(post_hoc_ema=(0.1, 0.1)), "0.1 0.1: each length is kept once"),
+        (lambda: OutputConfig(ema_snapshot_steps=0), "--ema_snapshot_steps must be 1 or more"),
     ],
 )
 def test_a_bad_value_names_its_flag(make, message):
@@ -87,6 +111,57 @@ def test_a_bad_value_names_its_flag(make, message):
 def test_what_is_missing_is_named():
     with pytest.raises(UsageError, match="--pretrained_model_name_or_path is missing"):
         RunConfig().check_complete()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"diffusion": DiffusionConfig(min_timestep=500, max_timestep=500)},
+            "--min_timestep 500 must be below --max_timestep 500",
+        ),
+        (
+            {"diffusion": DiffusionConfig(rescale_betas_zero_snr=True, prediction_type="epsilon")},
+            "--rescale_betas_zero_snr is not --prediction_type epsilon",
+        ),
+        (
+            {"optim": OptimConfig(lr_num_cycles=3)},
+            "--lr_num_cycles 3 is for --lr_scheduler cosine_with_restarts, not constant: leave",
+        ),
+        (
+            {"optim": OptimConfig(lr_power=2.0, lr_scheduler="cosine")},
+            "--lr_power 2.0 is for --lr_scheduler polynomial, not cosine: leave out one",
+        ),
+        (
+            {"optim": OptimConfig(learning_rate=1e-7, lr_scheduler="polynomial")},
+            "--learning_rate 1e-07 must be above 1e-07, at which --lr_scheduler polynomial ends",
+        ),
+        (
+            {"output": OutputConfig(ema_snapshot_steps=5)},
+            "--ema_snapshot_steps 5 is of --post_hoc_ema, which was not given",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_in_one_line(sections, message):
+    model = ModelConfig(pretrained_model_name_or_path="base")
+    run = RunConfig(model=model, data=DataConfig(train_data_dir="data"), **sections)
+    with pytest.raises(UsageError, match=message) as caught:
+        run.check_complete()
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_that_go_together_are_taken():
+    OptimConfig(lr_num_cycles=3, lr_scheduler="cosine_with_restarts").check()
+    OptimConfig(lr_power=2.0, lr_scheduler="polynomial").check()
+    DiffusionConfig(rescale_betas_zero_snr=True).check()  # the pipeline may predict v
+    assert OptimConfig(use_ema=True, post_hoc_ema=(0.05, 0.1)).averages == 3
+
+
+def test_settings_with_lists_are_the_same_after_json():
+    run = flat(RunConfig(optim=OptimConfig(post_hoc_ema=(0.05, 0.1))))
+    assert difference(json.loads(json.dumps(run)), run) == []
+    other = flat(RunConfig(optim=OptimConfig(post_hoc_ema=(0.05,))))
+    assert difference(json.loads(json.dumps(run)), other) == ["optim.post_hoc_ema"]
 
 
 def test_rates_of_their_own_override_the_common_one():

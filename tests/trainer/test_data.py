@@ -106,6 +106,7 @@ def test_a_batch_has_the_shapes_and_types_of_its_docstring():
     for images in (batch.original, batch.edited):
         assert (images.shape, images.dtype) == ((2, 3, 16, 16), torch.uint8)
     assert (batch.tokens.shape, batch.tokens.dtype) == ((2, 1), torch.int64)
+    assert (batch.size_ids.shape, batch.size_ids.dtype) == ((2, 6), torch.float32)
     assert (batch.weights.shape, batch.weights.dtype) == ((2,), torch.float32)
     assert batch.positions.dtype == torch.int64
     assert batch.positions.tolist() == [3, 4]
@@ -145,7 +146,7 @@ def test_a_row_looks_different_in_the_next_epoch():
 
 def test_every_decision_has_its_own_draw(monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "transform", lambda *given: asked.append(given[-1]) or given[:2])
+    monkeypatch.setattr(data, "transform", lambda *given: asked.append(given[3]) or given[:3])
     make_pairs().__getitems__([2, 11])
     at = torch.tensor([2, 11])
     expected = [
@@ -258,7 +259,7 @@ def tokenizer():
 
 
 def test_tokens_are_padded_and_cut(tokenizer):
-    tokenize = make_tokenize(tokenizer)
+    tokenize = make_tokenize([tokenizer])
     for text in ("", "make it red", "a very long instruction indeed, it will not fit"):
         tokens = tokenize(text)
         assert (tokens.shape, tokens.dtype) == ((12,), torch.int64)
@@ -280,7 +281,7 @@ def loader_over_files(folder, tokenizer, workers, steps):
     (folder / "metadata.jsonl").write_text("".join(lines))
     section = DataConfig(dataset_name=str(folder), resolution=16, max_resize=19, random_flip=True)
     rows = open_rows(section, cache_dir=str(folder.parent / "cache"))
-    pairs = EditPairs(rows, torch.arange(5), section, 3, 4, make_tokenize(tokenizer))
+    pairs = EditPairs(rows, torch.arange(5), section, 3, 4, make_tokenize([tokenizer]))
     sampler = StepSampler(0, steps, rank=0, ranks=1, micro_batch=2, micro_steps=2)
     return make_loader(pairs, sampler, workers, prefetch=2, pin_memory=False)
 

@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ from fusedit.trainer.export import (
     load_safety,
     model_card,
     push,
-    save_pipeline,
     without_secrets,
 )
+from fusedit.trainer.families import STABLE_DIFFUSION
 
+save_pipeline = partial(export.save_pipeline, family=STABLE_DIFFUSION, zero_null=False)
 TOKEN = "hf_" + "secretsecret" * 2
 
 
@@ -207,6 +209,7 @@ def test_the_bases_safety_checker_is_kept(tmp_path, base, parts):
 
 def write_card(folder, **changes) -> ModelCard:
     options = {
+        "family": STABLE_DIFFUSION,
         "command": f"fusedit train --hub_token {TOKEN} --resolution 256",
         "settings": {"loop.seed": 3},
         "base": "stable-diffusion-v1-5/stable-diffusion-v1-5",

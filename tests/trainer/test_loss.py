@@ -4,14 +4,17 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from tiny import save_tiny_pipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fusedit.trainer.config import DiffusionConfig
 from fusedit.trainer.data import PixelSample, collate, make_tokenize
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.draws import Purpose, draw_integers, draw_normal
 from fusedit.trainer.encoders import Encoders, Samples
+from fusedit.trainer.families import STABLE_DIFFUSION, Text, TextEncoder
 from fusedit.trainer.loss import HELD_OUT, TRAINING, EditLoss
 
 N, CHANNELS, SIDE, TOKENS, WIDTH = 64, 4, 3, 5, 7
 SCALE = 0.18215
+NULL = Text(torch.full((1, TOKENS, WIDTH), 9.0), torch.zeros(1, 0))
 
 
 def _samples():
@@ -21,21 +24,25 @@ def _samples():
         target_std=torch.rand(shape),
         condition=torch.randn(shape),
         text=torch.randn(N, TOKENS, WIDTH),
+        pooled=torch.zeros(N, 0),
+        size_ids=torch.zeros(N, 6),
         positions=torch.arange(N) + 1000,
         weights=torch.arange(N) / N,
     )
 
 
-def _loss(kind="epsilon", rates=(0.0, 0.0, 0.0)):
+def _loss(kind="epsilon", rates=(0.0, 0.0, 0.0), **options):
     config = {"beta_schedule": "scaled_linear", "prediction_type": kind}
-    diffusion = Diffusion.from_scheduler(config, SCALE, torch.device("cpu"))
-    return EditLoss(diffusion, rates, torch.full((1, TOKENS, WIDTH), 9.0), 3, torch.float32)
+    section = DiffusionConfig(**options)
+    diffusion = Diffusion.from_scheduler(config, SCALE, torch.device("cpu"), section)
+    return EditLoss(diffusion, rates, NULL, 3, torch.float32)
 
 
 class _Recorder(torch.nn.Module):
     """Stands for a UNet; keeps what it is called with and predicts zeros."""
 
-    def forward(self, latents, timesteps, text, return_dict):
+    def forward(self, latents, timesteps, text, added_cond_kwargs, return_dict):
+        assert added_cond_kwargs is None
         self.latents, self.timesteps, self.text = latents, timesteps, text
         return (torch.zeros_like(latents[:, :4]),)
 
@@ -57,6 +64,64 @@ def test_input_and_target_are_the_papers(kind):
     assert torch.equal(unet.text, samples.text)
     errors = target.square().mean((1, 2, 3))
     torch.testing.assert_close(loss, (samples.weights * errors).sum())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_more_noise_is_as_in_the_siblings(kind):
+    """Of train_text_to_image.py: the offset is predicted, the perturbation is not."""
+    samples, unet = _samples(), _Recorder()
+    loss = _loss(kind, noise_offset=0.3, input_perturbation=0.2)(unet, samples)
+    posterior, noise, more = (
+        draw_normal(3, purpose, samples.positions, (CHANNELS, SIDE, SIDE)).double()
+        for purpose in (Purpose.POSTERIOR, Purpose.NOISE, Purpose.INPUT_PERTURBATION)
+    )
+    offset = draw_normal(3, Purpose.NOISE_OFFSET, samples.positions, (CHANNELS, 1, 1)).double()
+    latents = (samples.target_mean.double() + samples.target_std.double() * posterior) * SCALE
+    betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64).square()
+    alpha_bar = (1 - betas).cumprod(0)[unet.timesteps].view(-1, 1, 1, 1)
+    noise = noise + 0.3 * offset
+    noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * (noise + 0.2 * more)
+    torch.testing.assert_close(unet.latents[:, :4].double(), noisy, rtol=1e-4, atol=1e-5)
+    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    target = noise if kind == "epsilon" else velocity
+    expected = (samples.weights * target.square().mean((1, 2, 3))).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_each_samples_error_and_not_the_held_out_loss(kind):
+    samples, plain, unet = _samples(), _Recorder(), _Recorder()
+    _loss(kind)(plain, samples)
+    loss_fn = _loss(kind, snr_gamma=5.0)
+    loss = loss_fn(unet, samples)
+    assert torch.equal(unet.latents, plain.latents)
+    betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64).square()
+    alpha_bar = (1 - betas).cumprod(0)[unet.timesteps]
+    snr = alpha_bar / (1 - alpha_bar)
+    divisor = snr if kind == "epsilon" else snr + 1
+    keep = torch.zeros(N, dtype=torch.bool)
+    given = loss_fn.edit_input(samples, keep, keep, TRAINING)
+    errors = given.target.double().square().mean((1, 2, 3))
+    expected = (samples.weights * snr.clamp(max=5.0) / divisor * errors).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    held_out = loss_fn.error(unet, given, samples.weights).double()
+    torch.testing.assert_close(held_out, (samples.weights * errors).sum(), rtol=1e-5, atol=0)
+
+
+def test_held_out_noise_is_plain_whatever_is_trained():
+    samples, keep = _samples(), torch.zeros(N, dtype=torch.bool)
+    plain = _loss().edit_input(samples, keep, keep, HELD_OUT)
+    more = _loss(noise_offset=0.3, input_perturbation=0.2)
+    assert torch.equal(more.edit_input(samples, keep, keep, HELD_OUT).latents, plain.latents)
+    assert not torch.equal(more.edit_input(samples, keep, keep, TRAINING).latents, plain.latents)
+
+
+def test_timesteps_come_from_the_range_alone_and_from_all_of_it():
+    samples, keep = _samples()._replace(positions=torch.arange(N) * 7), torch.zeros(N).bool()
+    for purposes in (TRAINING, HELD_OUT):
+        loss_fn = _loss(min_timestep=500, max_timestep=504)
+        timesteps = loss_fn.edit_input(samples, keep, keep, purposes).timesteps
+        assert set(timesteps.tolist()) == {500, 501, 502, 503}
 
 
 def test_dropped_conditions_become_null_text_and_zeros():
@@ -101,16 +166,19 @@ def test_the_encoders_give_posterior_and_mode(tmp_path):
     base = save_tiny_pipeline(tmp_path / "base")
     vae = AutoencoderKL.from_pretrained(base / "vae")
     text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder")
+    as_one = TextEncoder(STABLE_DIFFUSION, {"text_encoder": text_encoder})
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    tokenize = make_tokenize(tokenizer)
+    tokenize = make_tokenize([tokenizer])
     original, edited = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
     batch = collate(
         [
-            PixelSample(original[i], edited[i], tokenize("make it red"), 40 + i, float(i))
+            PixelSample(
+                original[i], edited[i], tokenize("make it red"), torch.zeros(6), 40 + i, float(i)
+            )
             for i in range(2)
         ]
     )
-    encoders = Encoders(vae, text_encoder, tokenize("")[None], torch.device("cpu"), torch.float32)
+    encoders = Encoders(vae, as_one, tokenize("")[None], torch.device("cpu"), torch.float32)
     samples = encoders.encode(batch)
     with torch.no_grad():
         target = vae.encode(2 * (edited / 255) - 1).latent_dist
@@ -125,6 +193,6 @@ def test_the_encoders_give_posterior_and_mode(tmp_path):
     torch.testing.assert_close(samples.target_std, target.std)
     torch.testing.assert_close(samples.condition, condition.mode())
     torch.testing.assert_close(samples.text, text.expand(2, -1, -1))
-    torch.testing.assert_close(encoders.null_text, null)
+    torch.testing.assert_close(encoders.null_text.states, null)
     assert samples.positions.tolist() == [40, 41]
     assert samples.weights.tolist() == [0.0, 1.0]

@@ -66,7 +66,7 @@ def test_an_update_moves_masters_copies_and_averages():
             for name, p in plain.named_parameters():  # the same gradients
                 p.grad = masters.named[name].grad.clone()
             for side in sides:
-                side.update(LR, WEIGHT, ONE, YES)
+                side.update(LR, WEIGHT[None], ONE, YES)
                 side.zero_grad()
         for name, p in plain.named_parameters():
             assert torch.equal(masters.named[name], p), name
@@ -87,7 +87,7 @@ def test_a_gradient_that_is_alone_needs_no_sum():
             _backward(model, torch.randn(2, 4, 5, 5))
             optimizer.take_gradients(last=True)
             assert optimizer.grad_norm() > 0
-            optimizer.update(LR, WEIGHT, ONE, YES)
+            optimizer.update(LR, WEIGHT[None][:0], ONE, YES)
         grads = {master.grad.dtype for master in masters.named.values()}
         assert grads == {torch.float32 if sums else torch.bfloat16}
         sides.append(masters)

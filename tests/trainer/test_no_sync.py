@@ -6,9 +6,11 @@ GPU the driver itself is asked.
 
 import pytest
 import torch
-from jobs import Job
+from jobs import OPTIONS, Job
 from tiny import save_tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedit.trainer.config import AdapterConfig
 
 aten = torch.ops.aten
 WAITS = {  # whose result Python sees, or whose shape depends on values
@@ -32,14 +34,21 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-PRECISIONS = [{}, {"param_dtype": "bf16"}, {"gradient_checkpointing": True}]
+ADAPTER = AdapterConfig(lora_rank=2, lora_dropout=0.5)
+SETTINGS = [
+    {},
+    {"param_dtype": "bf16"},
+    {"gradient_checkpointing": True},
+    OPTIONS,
+    {"adapter": ADAPTER, "gradient_checkpointing": True},
+]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=" ".join)
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("fused", [False, True], ids=["pytorch", "one pass"])
-def test_the_host_does_not_wait_for_a_step(fused, fp16, precision, tmp_path, device):
-    job = Job(save_tiny_pipeline(tmp_path / "base"), device, fused=fused, fp16=fp16, **precision)
+def test_the_host_does_not_wait_for_a_step(fused, fp16, settings, tmp_path, device):
+    job = Job(save_tiny_pipeline(tmp_path / "base"), device, fused=fused, fp16=fp16, **settings)
     job.step(1)  # state is made, kernels are compiled
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")

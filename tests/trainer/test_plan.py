@@ -7,6 +7,7 @@ from fusedit.kernels.attention_choice import BACKENDS
 from fusedit.trainer.config import (
     Attention,
     DataConfig,
+    DiffusionConfig,
     OptimConfig,
     OutputConfig,
     PrecisionConfig,
@@ -82,6 +83,13 @@ def test_on_a_gpu_the_cache_is_recommended_once(settings, on_gpu, told):
     notes = _notes(RunConfig(data=data.with_cache(None)), data.cache_latents, on_gpu)
     found = [note for note in notes if "--cache_latents" in note]
     assert [told in note for note in found] == ([True] if told else [])
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_timestep_of_weight_0_is_told(zero_snr):
+    section = DiffusionConfig(snr_gamma=5.0, rescale_betas_zero_snr=zero_snr)
+    notes = _notes(RunConfig(diffusion=section), None, on_gpu=False)
+    assert any("--snr_gamma with --rescale_betas_zero_snr" in note for note in notes) == zero_snr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tiny import save_tiny_pipeline
 
 from fusedit.trainer import sample
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.families import STABLE_DIFFUSION
 from fusedit.trainer.sample import build_pipeline, edit_images, grid, nearest_size, open_image
 
 GUIDED = {"steps": 3, "guidance_scale": 5.0, "image_guidance_scale": 1.5}
@@ -32,7 +33,7 @@ def parts(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(parts):
-    return build_pipeline(**parts)
+    return build_pipeline(STABLE_DIFFUSION, **parts)
 
 
 def picture(seed: int, width=24, height=20) -> Image.Image:
@@ -140,8 +141,8 @@ def test_images_of_any_size_take_that_of_the_noise(pipeline):
 def test_training_modules_of_two_dtypes(parts):
     """In training the UNet is fp32 and the frozen modules are bf16."""
     narrow = {name: copy.deepcopy(parts[name]).bfloat16() for name in ("vae", "text_encoder")}
-    mixed = build_pipeline(**parts | narrow)
-    full = build_pipeline(**parts)
+    mixed = build_pipeline(STABLE_DIFFUSION, **parts | narrow)
+    full = build_pipeline(STABLE_DIFFUSION, **parts)
     one, two = (
         pixels(edit_images(p, [picture(0)], ["red"], noise(1), **GUIDED)) for p in (mixed, full)
     )
@@ -150,7 +151,7 @@ def test_training_modules_of_two_dtypes(parts):
 
 
 def test_building_and_editing_is_quiet(parts, capsys):
-    pipeline = build_pipeline(**parts)
+    pipeline = build_pipeline(STABLE_DIFFUSION, **parts)
     edit_images(pipeline, [picture(0)], ["red"], noise(1), **GUIDED)
     assert capsys.readouterr() == ("", "")
 

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 from fusedit.trainer.config import OptimConfig
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Samples
+from fusedit.trainer.families import Text
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.optim import AdamW
 from fusedit.trainer.step import LossScale, Rates, train_step
@@ -37,6 +38,8 @@ def _samples(n, side, device):
         target_std=latents.abs(),
         condition=latents,
         text=torch.randn(n, 77, 768, device=device),
+        pooled=torch.zeros(n, 0, device=device),
+        size_ids=torch.zeros(n, 6, device=device),
         positions=torch.arange(n, device=device),
         weights=torch.ones(n, device=device),
     )
@@ -44,7 +47,7 @@ def _samples(n, side, device):
 
 def _loss(device):
     diffusion = Diffusion.from_scheduler(SCHEDULE, 0.18215, torch.device(device))
-    null_text = torch.zeros(1, 77, 768, device=device)
+    null_text = Text(torch.zeros(1, 77, 768, device=device), torch.zeros(1, 0, device=device))
     return EditLoss(diffusion, (0.05, 0.05, 0.05), null_text, 0, torch.float32)
 
 
@@ -71,7 +74,7 @@ def test_one_real_step():
         LossScale(False, torch.device("cpu")),
         World(),
         [_samples(2, 8, "cpu")],
-        Rates.on(torch.device("cpu"), 1e-4, 0.0),
+        Rates.on(torch.device("cpu"), 1e-4),
         slots=2,
         max_grad_norm=1.0,
     )

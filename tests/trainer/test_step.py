@@ -1,4 +1,5 @@
 import copy
+import math
 from typing import get_args
 
 import pytest
@@ -12,6 +13,7 @@ from fusedit.trainer.ema import Ema
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.optim import AdamW, OnePass, make_optimizer, schedule
+from fusedit.trainer.power_ema import PowerEma
 from fusedit.trainer.step import GROWTH_STEPS, LossScale, Rates, train_step
 from fusedit.trainer.world import World
 
@@ -25,6 +27,8 @@ def _samples(target, weights=None):
         target_std=torch.zeros_like(target),
         condition=torch.zeros_like(target),
         text=torch.zeros(n, 1, 1),
+        pooled=torch.zeros(n, 0),
+        size_ids=torch.zeros(n, 6),
         positions=torch.arange(n),
         weights=torch.ones(n) if weights is None else torch.tensor(weights),
     )
@@ -227,7 +231,7 @@ def test_optimizer_state_of_channels_last_weights_goes_on_from_a_file(tmp_path):
                 assert moment.is_contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             trained(images * (step + 1)).square().mean().backward()
-            rates = Rates.on(torch.device("cpu"), 0.1, 0.0)
+            rates = Rates.on(torch.device("cpu"), 0.1)
             optimizer.update(*rates, torch.ones(()), torch.tensor(True))
         ends.append(trained.weight.detach())
     assert torch.equal(*ends)
@@ -248,6 +252,47 @@ def test_each_schedule_is_diffusers_at_its_own_peak(name):
         assert ours(step) == theirs.get_last_lr()[0], step
         optimizer.step()
         theirs.step()
+
+
+def test_restarts_and_powers_are_by_their_formulas():
+    """Loshchilov and Hutter 2017 with a warm-up, and a polynomial that ends at 1e-7."""
+    waves = schedule("cosine_with_restarts", 2.0, 10, 110, num_cycles=4)
+    falls = schedule("polynomial", 2.0, 10, 110, power=2.5)
+    for step in range(110):
+        if step < 10:
+            expected = 2.0 * step / 10, 2.0 * step / 10
+        else:
+            way = (step - 10) / 100
+            expected = (
+                1.0 + math.cos(math.pi * (4 * way - math.floor(4 * way))),
+                1e-7 + (2.0 - 1e-7) * (1 - way) ** 2.5,
+            )
+        assert (waves(step), falls(step)) == pytest.approx(expected, abs=1e-12), step
+
+
+def test_each_average_moves_by_its_own_weight():
+    """With more than one, in the same pass, and not where a step does not apply."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    named = dict(model.named_parameters())
+    averages = [Ema(named, 0.999), PowerEma(named, 0.05), PowerEma(named, 0.2)]
+    section = OptimConfig()
+    optimizer = make_optimizer(named, section, averages[0], fused=_Job.fused, kept=averages[1:])
+    expected = [{n: p.detach().double() for n, p in named.items()} for _ in averages]
+    for step in range(1, 6):
+        for p in named.values():
+            p.grad = torch.randn_like(p)
+        weights = [one.weight(step) for one in averages]
+        rates = Rates.on(torch.device("cpu"), 0.1, *weights)
+        applies = step != 3
+        optimizer.update(*rates, torch.ones(()), torch.tensor(applies))
+        for kept, weight in zip(expected, weights if applies else [0.0] * 3, strict=True):
+            for name, p in named.items():
+                kept[name] += weight * (p.detach().double() - kept[name])
+    for one, kept in zip(averages, expected, strict=True):
+        for name, value in kept.items():
+            torch.testing.assert_close(one.averages[name].double(), value, rtol=1e-5, atol=1e-6)
+    assert len({float(one.averages["weight"].sum()) for one in averages}) == 3
 
 
 def test_8bit_state_can_be_saved_though_bitsandbytes_shares_its_maps(tmp_path):

@@ -5,10 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
+from fusedit.trainer import data
+from fusedit.trainer.buckets import Size
 from fusedit.trainer.config import DataConfig
-from fusedit.trainer.data import CENTRE, transform
+from fusedit.trainer.data import CENTRE
 
 SIZES = [(61, 40), (40, 61), (33, 33), (20, 27)]  # width, height; the last must grow
+
+
+def transform(original, edited, section, draws):
+    """To the square."""
+    size = Size(section.resolution, section.resolution)
+    return data.transform(original, edited, section, draws, size)
 
 
 def settings(**given):
@@ -44,7 +52,7 @@ def test_a_pair_stays_a_pair(size, interpolation, draws):
     image = random_image(size)
     seen = set()
     for own in draws:
-        original, edited = transform(image, inverted(image), section, own)
+        original, edited, _ = transform(image, inverted(image), section, own)
         assert original.dtype == torch.uint8
         assert original.shape == edited.shape == (3, 24, 24)
         torch.testing.assert_close(
@@ -65,7 +73,7 @@ def test_equals_resize_then_crop(size, draws):
         whole = image.resize([round(side * scale) for side in size], Image.Resampling.BILINEAR)
         left, top = int(column_draw * (whole.width - 23)), int(row_draw * (whole.height - 23))
         expected = np.asarray(whole.crop((left, top, left + 24, top + 24)), dtype=int)
-        original, _ = transform(image, image, section, own)
+        original, *_ = transform(image, image, section, own)
         np.testing.assert_allclose(original.permute(1, 2, 0).numpy(), expected, atol=2)
 
 
@@ -74,7 +82,7 @@ def test_equals_resize_then_crop(size, draws):
 def test_nothing_is_squashed(size, center_crop, draws):
     """In a crop, a pixel right and a pixel down are the same distance in the image."""
     for own in draws[:8]:
-        pixels, _ = transform(*[coordinates(size)] * 2, settings(center_crop=center_crop), own)
+        pixels, *_ = transform(*[coordinates(size)] * 2, settings(center_crop=center_crop), own)
         red, green = pixels[0, 12].float(), pixels[1, :, 12].float()
         right, down = red[4:20].diff().mean(), green[4:20].diff().mean()
         torch.testing.assert_close(right, torch.tensor(2 * min(size) / 24), rtol=0, atol=0.1)
@@ -100,7 +108,7 @@ def test_the_crop_of_a_tall_image_moves_down_by_its_own_draw():
 @pytest.mark.parametrize("own", [(0.0, 0.0, 0.0, 0.5), (0.0, 0.99, 0.99, 0.5)])
 def test_center_crop_is_the_middle(own):
     image = coordinates((40, 24))
-    pixels, _ = transform(image, image, settings(center_crop=True), own)
+    pixels, *_ = transform(image, image, settings(center_crop=True), own)
     assert pixels[0, 0, 0].item() == 2 * 8
     torch.testing.assert_close(pixels, transform(image, image, settings(), CENTRE)[0])
 
@@ -109,7 +117,7 @@ def test_the_size_is_drawn_from_the_whole_range():
     """Both ends included: nearest shows how often a source pixel repeats."""
     image, section = random_image((24, 24)), settings(max_resize=26, interpolation="nearest")
     for draw, side in [(0.0, 24), (0.32, 24), (0.34, 25), (0.65, 25), (0.67, 26), (0.9999, 26)]:
-        pixels, _ = transform(image, image, section, (draw, 0.0, 0.0, 0.5))
+        pixels, *_ = transform(image, image, section, (draw, 0.0, 0.0, 0.5))
         whole = image.resize((side, side), Image.Resampling.NEAREST)
         np.testing.assert_array_equal(
             pixels.permute(1, 2, 0).numpy(), np.asarray(whole)[:24, :24], err_msg=f"draw {draw}"
@@ -125,7 +133,7 @@ def test_mirror_only_when_asked_and_drawn():
         (False, 0.1, False),
     ]:
         own = (0.0, 0.0, 0.0, draw)
-        got, _ = transform(image, image, settings(random_flip=random_flip), own)
+        got, *_ = transform(image, image, settings(random_flip=random_flip), own)
         torch.testing.assert_close(got, pixels.flip(2) if mirrored else pixels)
 
 
@@ -135,7 +143,7 @@ def test_an_edited_image_of_another_size_shows_the_same_part(scale, draws):
     original = coordinates((60, 40))
     edited = original.resize((int(60 * scale), int(40 * scale)), Image.Resampling.BILINEAR)
     for own in draws:
-        first, second = transform(original, edited, section, own)
+        first, second, _ = transform(original, edited, section, own)
         torch.testing.assert_close(
             first[:, 2:-2, 2:-2].int(), second[:, 2:-2, 2:-2].int(), rtol=0, atol=2
         )
@@ -143,5 +151,5 @@ def test_an_edited_image_of_another_size_shows_the_same_part(scale, draws):
 
 def test_a_very_long_image_costs_no_more_than_its_crop():
     image = Image.new("RGB", (60_000, 1))
-    pixels, _ = transform(image, image, settings(resolution=512), (0.0, 0.5, 0.9, 0.5))
+    pixels, *_ = transform(image, image, settings(resolution=512), (0.0, 0.5, 0.9, 0.5))
     assert pixels.shape == (3, 512, 512)
