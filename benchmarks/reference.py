@@ -1,8 +1,8 @@
 """diffusers' script as the benchmarks run it: where it is found, its flags, its runs.
 
 Nothing of it is copied here. It comes from a checkout of huggingface/diffusers, whose
-examples/instruct_pix2pix holds it; MEASURED is the commit that the committed results were made
-by, SHA256 is of the script there.
+examples/instruct_pix2pix holds it and that of Stable Diffusion XL; MEASURED is the commit that the
+committed results were made by.
 """
 
 import argparse
@@ -22,12 +22,13 @@ from .flags import Flags
 from .harness import Record
 from .reference_run import STAMPS
 
-NAME = "train_instruct_pix2pix.py"
+NAME, XL_NAME = "train_instruct_pix2pix.py", "train_instruct_pix2pix_sdxl.py"
 FOLDER = "examples/instruct_pix2pix"
 MEASURED = "58eb52c0803ea9af3abec60841c2a093bdf1f951"
-SHA256 = (
-    "a20e06f8a91eded5460822f38596efa4be6225eb8b6217e1531abfcce2b1fefb"  # of the script at MEASURED
-)
+SHA256 = {  # of the scripts at MEASURED
+    NAME: "a20e06f8a91eded5460822f38596efa4be6225eb8b6217e1531abfcce2b1fefb",
+    XL_NAME: "1f2ef297f06e97457747baf825f9ce247a9f4bf334a0b3748032801111a26872",
+}
 COLUMNS = ("original_image", "edited_image", "edit_prompt")
 LOSS = "train_loss"  # what the script logs after each update
 
@@ -39,7 +40,8 @@ class Script(NamedTuple):
 
     def told(self) -> str:
         """A line for records: which script it is."""
-        same = "as at the commit measured" if self.sha256 == SHA256 else "not the one measured"
+        measured = self.sha256 == SHA256.get(self.path.name)
+        same = "as at the commit measured" if measured else "not the one measured"
         return f"{self.path.name}, sha256 {self.sha256[:12]}, {same}"
 
 
@@ -63,7 +65,8 @@ def cure() -> str:
 def found_script(text: str) -> Script:
     """The script, given by itself, by its folder or by the checkout."""
     given = Path(text)
-    places = [given, given / NAME, given / FOLDER / NAME]
+    folders = (given, given / FOLDER)
+    places = [given, *(folder / name for name in SHA256 for folder in folders)]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise argparse.ArgumentTypeError(f"{text!r}: no {NAME} there; give {cure()}")
@@ -71,6 +74,18 @@ def found_script(text: str) -> Script:
         raise argparse.ArgumentTypeError(
             "the script needs accelerate: pip install 'fusedit[bench]'"
         )
+    return script_at(path)
+
+
+def script_named(given: Script, name: str) -> Script | None:
+    """The script of this name beside the one that was found; another's stands in for NAME."""
+    path = given.path
+    if path.name in SHA256 or name != NAME:
+        path = path.with_name(name)
+    return script_at(path) if path.is_file() else None
+
+
+def script_at(path: Path) -> Script:
     head = ["git", "-C", str(path.parent), "rev-parse", "HEAD"]
     found = subprocess.run(head, capture_output=True, text=True)
     commit = found.stdout.strip() if found.returncode == 0 else None

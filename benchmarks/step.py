@@ -8,12 +8,14 @@ Four rows a preset: the script, unmodified, in a process of its own; ours with t
 ours as recommended, that is from a cache, micro-steps merged, without gradient checkpointing, and
 with bf16 weights on a GPU; and that without the cache. `as-shipped` is the command of the script's
 guide; `tuned` gives the script its best: bf16, TF32, a large batch without checkpointing, and
-workers. xformers is left out of the guide's command: the script runs on PyTorch's own attention.
+workers. `sdxl` and `sdxl-tuned` are the same for Stable Diffusion XL and its script, in a call of
+their own; ours keeps the script's micro-steps there. xformers is left out of the guide's command:
+the script runs on PyTorch's own attention.
 
 Each program runs --rounds times, by turns. Time is taken by the programs' own logs, from outside of
 the loop, --warm_up updates cut off; the script's must agree with a hook on its optimizer, ours with
-the speed that it says itself. --tiny is the demo's base at 64 px, for a CPU; else the model is
-Stable Diffusion 1.5's architecture with random weights (throughput does not depend on them).
+the speed that it says itself. --tiny is the demo's base at 64 px, for a CPU, or a tiny XL; else the
+model is the true architecture with random weights (throughput does not depend on them).
 
 Writes step.json, step.md and step.png, which shows where the time of an update goes, by a trace of
 one run more. Exit codes: 0 done; 1 a run failed, or two clocks disagree; 2 a mistake in the flags.
@@ -21,18 +23,15 @@ one run more. Exit codes: 0 done; 1 a run failed, or two clocks disagree; 2 a mi
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from ..launch.demo.run import RESOLUTION
 from ..launch.flags import parse as parse_train
 from ..trainer.counting import KINDS, Work
 from ..trainer.estimate import count_run
@@ -42,97 +41,27 @@ from . import harness, report, step_report
 from .demo_steps import RunFailed, run_module
 from .flags import Flags, file_name, positive
 from .harness import Record, say
-from .models import DEMO, make_pairs, make_sd15
 from .reference import Script, data_flags, note, parse_with_script, read_stamps, run_script
 from .rooflines import Ceilings, find_ceilings, ideal_ms
 from .rounds import Run, by_turns, find_row
+from .step_cases import (
+    BATCHES,
+    PRESETS,
+    RECOMMENDED,
+    SCRIPT,
+    WAYS,
+    XL,
+    XL_BATCHES,
+    Case,
+    case_of,
+    check_model,
+    sizes,
+)
 from .timing import timing
 from .tracing import PHASES, SKIPPED, TRACE, TRACED
 
 EVERY = 5  # updates between two lines of our log, as a run would have it
 CLOCKS = 0.05  # two clocks may differ by so much in all
-PAIRS = 512
-GUIDE = {  # of the script's guide, without its checkpoints and the hub
-    "random_flip": True,
-    "train_batch_size": 4,
-    "gradient_accumulation_steps": 4,
-    "gradient_checkpointing": True,
-    "learning_rate": 5e-5,
-    "max_grad_norm": 1,
-    "lr_warmup_steps": 0,
-    "conditioning_dropout_prob": 0.05,
-    "mixed_precision": "fp16",
-    "seed": 42,
-}
-TUNED = GUIDE | {
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "mixed_precision": "bf16",
-    "allow_tf32": True,
-    "dataloader_num_workers": 8,
-}
-PRESETS = {"as-shipped": GUIDE, "tuned": TUNED}
-# What fits a card of 80 GB without checkpointing, by pixels.
-BATCHES = {256: 64, 512: 32}
-SCRIPT, SAME, RECOMMENDED = "the script", "same flags", "recommended"
-UNCACHED = "recommended, no cache"
-CACHE = "cache_latents"  # the flag
-WAYS = (SCRIPT, SAME, UNCACHED, RECOMMENDED)
-
-Values = Mapping[str, object]
-
-
-class Case(NamedTuple):
-    """What is compared."""
-
-    preset: str
-    pixels: int
-    model: Path
-    data: Path
-    values: Values  # of both programs' flags
-    recommended: Values  # instead, for ours as recommended
-
-    @property
-    def images(self) -> int:
-        """Of an update."""
-        return math.prod(sizes(self.values))
-
-    def flags(self, way: str) -> Values:
-        if way in (SCRIPT, SAME):
-            return self.values
-        uncached = {name: value for name, value in self.recommended.items() if name != CACHE}
-        return {**self.values, **(uncached if way == UNCACHED else self.recommended)}
-
-    def labels(self, way: str) -> dict[str, str | int]:
-        by = "reference" if way == SCRIPT else "ours"
-        return {"preset": self.preset, "pixels": self.pixels, "way": way, "by": by}
-
-
-def sizes(values: Values) -> tuple[int, int]:
-    """Images of a micro-step, micro-steps of an update."""
-    names = ("train_batch_size", "gradient_accumulation_steps")
-    batch, micro_steps = (int(str(values[name])) for name in names)
-    return batch, micro_steps
-
-
-def case_of(preset: str, pixels: int, work: Path, *, tiny: bool) -> Case:
-    values: dict[str, object] = {**PRESETS[preset], "resolution": pixels}
-    if preset == "tuned":
-        values["train_batch_size"] = BATCHES.get(pixels, 16)
-    recommended: dict[str, object] = {
-        "gradient_checkpointing": False,
-        "train_batch_size": math.prod(sizes(values)),
-        "gradient_accumulation_steps": 1,
-        "center_crop": True,  # of a square it is all, as the script's crop is of any image
-        CACHE: work / f"cache-{pixels}",
-    }
-    if tiny:  # a CPU's autocast is slower than its fp32, and its two cores have no time for workers
-        values |= {"mixed_precision": "no", "dataloader_num_workers": 0, "allow_tf32": False}
-        model, data = DEMO, make_pairs(work, pixels, PAIRS)
-    else:
-        recommended |= {"mixed_precision": "bf16", "param_dtype": "bf16"}
-        model, data = make_sd15(work), make_pairs(work, pixels, PAIRS)
-    return Case(preset, pixels, model, data, values, recommended)
 
 
 def flags_of(case: Case, way: str, work: Path, updates: int) -> list[str]:
@@ -258,9 +187,11 @@ def traces(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = Flags("fusedit.benchmarks.step", str(__doc__))
-    flags.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
-    flags.add_argument("--pixels", nargs="+", type=int, choices=list(BATCHES), default=[256])
-    flags.add_argument("--tiny", action="store_true", help="the demo's base at 64 px, for a CPU")
+    usual = [name for name in PRESETS if name not in XL]
+    flags.add_argument("--preset", nargs="+", choices=PRESETS, default=usual)
+    sides = sorted({*BATCHES, *XL_BATCHES})
+    flags.add_argument("--pixels", nargs="+", type=int, choices=sides, help="256; XL: 512")
+    flags.add_argument("--tiny", action="store_true", help="a tiny model at 64 px, for a CPU")
     flags.add_argument("--name", type=file_name, default="step", help="of the files")
     flags.add_argument("--rounds", type=positive, default=3)
     flags.add_argument("--updates", type=positive, default=60, help="of a run")
@@ -273,8 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags.error(f"--updates {chosen.updates}: give at least {chosen.warm_up + 2 * EVERY}")
     if not (chosen.tiny or torch.cuda.is_available()):
         flags.error("there is no GPU here for Stable Diffusion 1.5; give --tiny, or run it on one")
-    if chosen.tiny:
-        chosen.pixels = [RESOLUTION]
+    check_model(flags, chosen)
     return chosen
 
 
@@ -283,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     path = flags.out / f"{flags.name}.json"
     record = harness.resumed(path, harness.new_record("step", words, flags.commit))
-    model = "The model is the demo's base." if flags.tiny else "The model's weights are random."
+    drawn = not flags.tiny or flags.preset[0] in XL
+    model = "The model's weights are random." if drawn else "The model is the demo's base."
     note(record, flags.reference, model)
     ceilings = find_ceilings(record)
     try:

@@ -125,11 +125,13 @@ SIZES: dict[str, Callable[[Any], dict[str, object]]] = {
         "UPDATES": 3,
         "PRESETS": {"sd15": own.PRESETS["tiny"]._replace(pixels=PIXELS, batch=2, pairs=10)},
     },
-    "step": lambda own: {
+    "step_cases": lambda own: {
         "PRESETS": {name: values | {"train_batch_size": 1} for name, values in own.PRESETS.items()},
-        "BATCHES": dict.fromkeys((PIXELS, *own.BATCHES), 2),
+        "BATCHES": own.BATCHES | {PIXELS: 2},
         "PAIRS": 16,
         "RESOLUTION": PIXELS,
+    },
+    "step": lambda own: {
         "CLOCKS": FREELY,
         "EVERY": 1,
         "WAYS": (own.SCRIPT, own.RECOMMENDED),

@@ -22,7 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import dataloader
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..launch import train
 from ..trainer import optim
@@ -36,6 +36,7 @@ WATCHED: tuple[tuple[Any, str, str], ...] = (
     (dataloader._BaseDataLoaderIter, "__next__", "data"),
     (AutoencoderKL, "encode", "encode"),
     (CLIPTextModel, "forward", "encode"),
+    (CLIPTextModelWithProjection, "forward", "encode"),
     (UNet2DConditionModel, "forward", "forward"),
     (torch.Tensor, "backward", "backward"),
     (torch.distributed, "all_reduce", "all-reduce"),
@@ -111,9 +112,9 @@ def _taken(event: Any) -> list[tuple[str, float]]:
     """Microseconds, of each kernel by its name, or on a CPU of the event itself."""
     if torch.cuda.is_available():
         return [(kernel.name, kernel.duration) for kernel in event.kernels]
-    # Gloo's are of a thread of their own, by which they have no time of their own.
-    own = event.cpu_time_total if event.is_async else event.self_cpu_time_total
-    return [(event.name, own)]
+    # Gloo's end on another thread than they began on: such events have no time of their own.
+    exchanged = event.is_async and is_all_reduce(event.name)
+    return [(event.name, event.cpu_time_total if exchanged else event.self_cpu_time_total)]
 
 
 def phase_of(event: Any, name: str = "") -> str:

@@ -20,6 +20,7 @@ from fusedit.benchmarks import (
     reference,
     stand_in,
     step,
+    step_cases,
 )
 from fusedit.benchmarks.ops import OPS
 
@@ -132,6 +133,7 @@ def test_parity_and_steps_are_parts_with_the_script(script, monkeypatch):
     done, parts, asked = script(PARTS="parity step", COMMIT="abc", REFERENCE="diffusers")
     assert done.returncode == 0, done.stdout
     monkeypatch.setattr(reference, "found_script", str)
+    monkeypatch.setattr(step_cases, "script_named", lambda given, name: given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     first, *rest = (line.split(" -m fusedit.benchmarks.")[1].split() for line in asked)
     flags = parity.parse(first[1:])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from records import both_ways, record
 
-from fusedit.benchmarks import reference
+from fusedit.benchmarks import reference, step_cases
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "benchmarks/README.md").read_text()
@@ -31,6 +31,7 @@ def check_command(words: list[str], monkeypatch) -> None:
                     monkeypatch.setattr(module, reader, found)
             monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
             monkeypatch.setattr(reference, "found_script", Path)
+            monkeypatch.setattr(step_cases, "script_named", lambda given, name: given)
             (getattr(module, "parse", None) or module.flags)(flags)
         case ["bash", "benchmarks/gpu.sh", *rest]:
             _, *parts = rest[1:] if rest[:1] == ["--rehearse"] else rest

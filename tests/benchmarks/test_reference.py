@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from records import refusal
 from tiny import save_tiny_pipeline
 
-from fusedit.benchmarks import learning, parity, reference, reference_run, step, tracing
+from fusedit.benchmarks import learning, models, parity, reference, reference_run, step, tracing
 from fusedit.benchmarks.demo_steps import RunFailed
+from fusedit.benchmarks.shapes import shapes
 from fusedit.benchmarks.tracing import kind_of, phase_of
 from fusedit.launch.demo.run import save_pairs
 
@@ -138,6 +140,39 @@ def test_an_operation_belongs_to_the_outermost_phase():
 )
 def test_the_kind_of_an_operation(name, kind):
     assert kind_of(name) == kind
+
+
+def test_either_script_is_found_beside_the_other(tmp_path):
+    for name in reference.SHA256:
+        (tmp_path / name).write_text(name)
+    found = reference.found_script(str(tmp_path))
+    xl = reference.script_named(found, reference.XL_NAME)
+    assert xl is not None
+    assert (found.path.name, xl.path.name) == (reference.NAME, reference.XL_NAME)
+    assert xl.sha256 == hashlib.sha256(reference.XL_NAME.encode()).hexdigest()
+    assert reference.script_named(xl, reference.NAME) == found
+    stand_in = reference.found_script(str(SCRIPT))
+    assert reference.script_named(stand_in, reference.NAME) == stand_in
+    assert reference.script_named(stand_in, reference.XL_NAME) is None
+
+
+def test_xls_unet_is_the_true_one():
+    with torch.device("meta"):
+        unet = models.xl_unet(models.SDXL)
+    more_channels = 4 * 320 * 9  # of conv_in, for the image that is edited
+    count = sum(parameter.numel() for parameter in unet.parameters()) + more_channels
+    assert count == shapes("sdxl-1024").parameters
+
+
+def test_a_tiny_xl_is_a_pipeline(tmp_path):
+    folder = models.make_sdxl(tmp_path, models.TINY_SDXL)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    text, _, pooled, _ = pipeline.encode_prompt("make it night", do_classifier_free_guidance=False)
+    unet = pipeline.unet.config
+    assert text.shape[-1] == unet.cross_attention_dim
+    sizes = 6 * unet.addition_time_embed_dim
+    assert pooled.shape[-1] + sizes == unet.projection_class_embeddings_input_dim
+    assert models.make_sdxl(tmp_path, models.TINY_SDXL) == folder
 
 
 def test_the_stand_in_draws_as_torchvision_does():

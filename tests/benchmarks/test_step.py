@@ -9,20 +9,30 @@ from PIL import Image
 from records import refusal
 from test_reference import SCRIPT, inputs  # noqa: F401
 
-from fusedit.benchmarks import harness, reference, reference_run, rooflines, step, step_report
+from fusedit.benchmarks import (
+    harness,
+    reference,
+    reference_run,
+    rooflines,
+    step,
+    step_cases,
+    step_report,
+)
 from fusedit.benchmarks.demo_steps import RunFailed
 from fusedit.benchmarks.rooflines import Ceilings
-from fusedit.benchmarks.step import RECOMMENDED, SAME, UNCACHED, Case, Run
-from fusedit.benchmarks.step import SCRIPT as THE_SCRIPT
+from fusedit.benchmarks.rounds import Run
+from fusedit.benchmarks.step_cases import RECOMMENDED, SAME, UNCACHED, Case
+from fusedit.benchmarks.step_cases import SCRIPT as THE_SCRIPT
 from fusedit.launch.flags import parse
 from fusedit.trainer.counting import KINDS, Work
 
+SD15 = ("as-shipped", "tuned")
 CEILINGS = Ceilings(1e11, 1e10)
 
 
 @pytest.fixture
 def case(tmp_path):
-    return step.case_of("as-shipped", 64, tmp_path, tiny=True)
+    return step_cases.case_of("as-shipped", 64, tmp_path, tiny=True)
 
 
 def flags(case, way, tmp_path):
@@ -55,8 +65,8 @@ def test_as_recommended_an_update_has_as_many_images(case, tmp_path):
 
 def test_on_a_gpu_the_script_has_its_best(tmp_path, monkeypatch):
     for name in ("make_sd15", "make_pairs"):
-        monkeypatch.setattr(step, name, lambda work, *_: work)
-    case = step.case_of("tuned", 512, tmp_path, tiny=False)
+        monkeypatch.setattr(step_cases, name, lambda work, *_: work)
+    case = step_cases.case_of("tuned", 512, tmp_path, tiny=False)
     words = step.flags_of(case, THE_SCRIPT, tmp_path, 60)
     best = {"--mixed_precision=bf16", "--allow_tf32", "--train_batch_size=32"}
     assert best | {"--dataloader_num_workers=8", "--gradient_accumulation_steps=1"} <= {*words}
@@ -64,6 +74,29 @@ def test_on_a_gpu_the_script_has_its_best(tmp_path, monkeypatch):
     assert case.images == 32
     run = flags(case, RECOMMENDED, tmp_path)
     assert (run.precision.param_dtype, run.loop.train_batch_size) == ("bf16", 32)
+
+
+def test_xls_script_is_tuned_by_what_it_takes(tmp_path, monkeypatch):
+    for name in ("make_sdxl", "make_pairs"):
+        monkeypatch.setattr(step_cases, name, lambda work, *_: work)
+    case = step_cases.case_of("sdxl-tuned", 1024, tmp_path, tiny=False)
+    words = {*step.flags_of(case, THE_SCRIPT, tmp_path, 60)}
+    assert {f"--pretrained_vae_model_name_or_path={tmp_path / 'vae'}", "--use_ema"} <= words
+    assert {"--mixed_precision=bf16", "--dataloader_num_workers=0", "--seed=42"} <= words
+    assert "--gradient_checkpointing" not in words
+    shipped = step_cases.case_of("sdxl", 512, tmp_path, tiny=False)
+    assert "--mixed_precision=no" in step.flags_of(shipped, THE_SCRIPT, tmp_path, 60)
+    ours = step.flags_of(shipped, RECOMMENDED, tmp_path, 60)
+    assert {"--train_batch_size=4", "--gradient_accumulation_steps=4"} <= {*ours}
+    assert "--gradient_checkpointing" not in ours
+    large = step_cases.case_of("sdxl", 1024, tmp_path, tiny=False)
+    assert "--gradient_checkpointing" in step.flags_of(large, RECOMMENDED, tmp_path, 60)
+    for preset in step_cases.XL:  # a ragged last batch ends its script
+        for pixels in step_cases.XL_BATCHES:
+            batch, _ = step_cases.sizes(
+                step_cases.case_of(preset, pixels, tmp_path, tiny=False).values
+            )
+            assert step_cases.PAIRS % batch == 0
 
 
 def row_of(case, tmp_path, **runs):
@@ -198,9 +231,9 @@ def test_what_was_stopped_goes_on_after_its_last_run(made_up, tmp_path):
     made_up.runs.clear()
     made_up.fails_at = 0
     assert step.main(made_up.words) == 0
-    every = [(preset, way) for preset in step.PRESETS for _ in range(3) for way in step.WAYS]
+    every = [(preset, way) for preset in SD15 for _ in range(3) for way in step.WAYS]
     assert made_up.runs == every[5:]
-    assert made_up.traced == [(preset, way) for preset in step.PRESETS for way in step.WAYS]
+    assert made_up.traced == [(preset, way) for preset in SD15 for way in step.WAYS]
     after = harness.read(tmp_path / "step.json")
     assert after["rows"][:5] == before["rows"]
     speeds = step_report.of_op(after, "step")
@@ -242,6 +275,10 @@ def test_the_picture_has_a_bar_for_each(record):
         (["--updates=61"], "--updates 61: must be a multiple of 5"),
         (["--updates=20"], "--updates 20: give at least 30"),
         (["--pixels=300"], "--pixels: invalid choice: 300"),
+        (["--pixels=1024"], "--pixels 1024: --preset as-shipped tuned takes 256, 512"),
+        (["--preset", "sdxl", "--pixels=256"], "--pixels 256: --preset sdxl takes 512, 1024"),
+        (["--preset", "sdxl", "tuned"], "--preset sdxl tuned: XL has a script of its own"),
+        (["--preset", "sdxl"], "train_instruct_pix2pix_sdxl.py beside it; give a checkout"),
     ],
 )
 def test_a_mistake_is_told(tmp_path, capsys, words, told):
