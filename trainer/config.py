@@ -405,7 +405,7 @@ class ValidationConfig:
     val_image_url: str | None = None  # URL or path of an image to edit; also val_image_url_or_path
     validation_prompt: str | None = None  # its instruction
     num_validation_images: int = 4  # edits of that image, each with its own fixed noise
-    validation_epochs: int | None = None  # validate every so many epochs; 1 by default
+    validation_epochs: int = 1  # validate every so many epochs; XL by steps, unless it is not 1
     validation_steps: int | None = None  # every so many optimizer steps instead; XL: 100
     validation_inference_steps: int = 20  # ours: denoising steps of a picture
     validation_guidance_scale: float = 7.0  # ours: text guidance of a picture

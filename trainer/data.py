@@ -276,9 +276,9 @@ class EditPairs(Dataset[PixelSample]):
         """The text of `sample(row)`. Raises: BadSample."""
         return self._rows.read(row, 0.0)[2]
 
-    def blank(self, bucket: int = 0) -> PixelSample:
-        """A sample of weight 0, in the shapes of all others of its bucket."""
-        return self._nothing(0, self._sizes[bucket])
+    def blank(self, bucket: int | None = None) -> PixelSample:
+        """A sample of weight 0, in the shapes of all others of a bucket, or of held-out rows."""
+        return self._nothing(0, self._square if bucket is None else self._sizes[bucket])
 
     @property
     def _square(self) -> Size:

@@ -1,8 +1,10 @@
 """What a run trains and trains with: UNet, loss, optimizer, averages, and its update."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,11 @@ from .sharding import Shards, compile_blocks, make_mesh, whole_unet
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .world import World
+
+# torch 2.13 has another name for it, and warns of the old one.
+_names = inspect.signature(DistributedDataParallel).parameters
+_name = "forward_sync_buffers" if "forward_sync_buffers" in _names else "broadcast_buffers"
+KEEPS_BUFFERS: dict[str, Any] = {_name: False}
 
 
 class Job:
@@ -187,7 +194,7 @@ class Job:
             device_ids=[self.world.local_rank] if on_gpu else None,
             bucket_cap_mb=self.plan.config.loop.bucket_mb,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they never change
+            **KEEPS_BUFFERS,  # they never change
             static_graph=True,
         )
         if self.masters is not None:

@@ -278,11 +278,10 @@ class Run:
     def _validates_every(self) -> int:
         """Optimizer steps between two validations."""
         section = self.plan.config.validation
-        if section.validation_steps is None and section.validation_epochs is None:
+        steps = section.validation_steps
+        if steps is None and section.validation_epochs == 1:
             steps = self.plan.described.family.validation_steps
-        else:
-            steps = section.validation_steps
-        return steps or (section.validation_epochs or 1) * self.plan.steps_per_epoch
+        return steps or section.validation_epochs * self.plan.steps_per_epoch
 
     def _open_log(self) -> RunLog:
         if not self.world.is_main:

@@ -76,7 +76,7 @@ def test_what_it_tells_a_person(capsys):
     starts = "micro-batch", "speed", "length", "cache", "checkpoint", "pipeline"
     assert [line.split()[0] for line in lines[-7:-1]] == list(starts)
     assert "3 steps, " in lines[-5]
-    assert "30.7 kB of pairs, at most 10.8 kB of instructions, with --cache_latents" in lines[-4]
+    assert "31.2 kB of pairs, at most 10.8 kB of instructions, with --cache_latents" in lines[-4]
     assert "1 kept" in lines[-3]
     assert lines[-1] == "it fits as it is"
     assert any(line.split()[:1] == ["total"] and "of 79.65: fits" in line for line in lines)
@@ -113,13 +113,13 @@ def test_what_it_tells_a_machine(capsys):
     assert facts["images_per_second"] == pytest.approx(facts["global_batch"] / step_s)
     assert sum(facts["memory_bytes"].values()) == pytest.approx(facts["memory_total_bytes"], abs=9)
     # Of 20 pairs 3 latents of 4 x 8 x 8, and of as many texts and the empty one 16 x 16, in bf16.
-    assert facts["cache_bytes"] == 20 * 3 * 4 * 8 * 8 * 2 + 21 * 16 * 16 * 2
+    assert facts["cache_bytes"] == 20 * (3 * 4 * 8 * 8 * 2 + 24) + 21 * 16 * 16 * 2
 
 
 def test_fewer_rows_are_trained_on(capsys):
     facts = _facts(capsys, train_batch_size=4, max_train_samples=9, held_out=5)
     assert facts["steps"] == 3 * 3
-    assert facts["cache_bytes"] == 9 * 3 * 4 * 8 * 8 * 2 + 10 * 16 * 16 * 2
+    assert facts["cache_bytes"] == 9 * (3 * 4 * 8 * 8 * 2 + 24) + 10 * 16 * 16 * 2
 
 
 def test_an_adapter_is_counted_and_its_flags_are_checked(capsys):

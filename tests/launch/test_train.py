@@ -258,7 +258,12 @@ def test_a_mistake_is_told_in_one_line_before_weights_load(here, capfd, changes,
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("unet", '"addition_embed_type": null', '"addition_embed_type": "text_time"', "SDXL"),
+        (
+            "unet",
+            '"addition_embed_type": null',
+            '"addition_embed_type": "text_time"',
+            "of one family",
+        ),
         ("vae", '"scaling_factor"', '"scaling"', "vae/config.json is incomplete"),
         ("scheduler", '"epsilon"', '"sample"', "prediction_type sample; epsilon and v_prediction"),
     ],
