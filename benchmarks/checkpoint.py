@@ -85,6 +85,7 @@ class Kept(Job):
         self.unet, self.masters, _, self.adapter = prepared
         self.named = named = prepared.parameters
         self.ema = Ema(named, decay=0.9999)
+        self.kept = {}
         self.optimizer = make_optimizer(named, OptimConfig(), self.ema, fused=fused)
         for name, parameter in named.items():  # as after some steps
             moments = {f"{name}.{key}": torch.rand_like(parameter) for key in MOMENTS}

@@ -35,7 +35,7 @@ def gpu_sh(*words, **variables):
     )
 
 
-@pytest.mark.timeout(1800)  # a minute and a half of two cores that do nothing else
+@pytest.mark.timeout(1800)  # 200 seconds of a core: some 100 of two
 def test_every_part_goes_through_and_says_what_it_is(tmp_path):
     running = [
         gpu_sh("--rehearse", tmp_path / str(half), *parts.split())
