@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from ..kernels.edit_input import PREDICTIONS
 from .config import ModelConfig
 from .errors import UsageError
-from .families import Family, Text, TextEncoder, family_by_parts, text_widths
+from .families import Family, Text, TextEncoder, family_by_parts
 from .unet import grow_conv_in
 
 INDEX_FILE = "model_index.json"
@@ -87,7 +87,7 @@ def describe(section: ModelConfig) -> Described:
             "model to go on from) can be trained"
         )
     family = _family(section)
-    if (text_widths(unet)[1] > 0) != family.told_sizes:
+    if (unet.get("addition_embed_type") is not None) != family.told_sizes:
         raise UsageError(
             f"{section.pretrained_model_name_or_path} is a {family.name} pipeline by its text "
             "encoders, and its UNet is another's; take --unet and pipeline of one family"
