@@ -196,7 +196,8 @@ class Clone:
 
 def test_set_up_is_done_once_and_again_when_a_pin_changes(tmp_path):
     clone = Clone(tmp_path)
-    demo, test = "fusedit demo --quick", "python -m pytest -m not slow -x"
+    spread = "--numprocesses logical --maxprocesses 4 --dist loadfile"
+    demo, test = "fusedit demo --quick", f"python -m pytest -m not slow {spread} -x"
     assert clone.call("demo.sh", "--quick") == (0, ["install .", demo])
     assert clone.call("demo.sh", "--quick") == (0, [demo])
     assert clone.call("test.sh", "-x") == (0, ["install .[dev]", test])

@@ -37,6 +37,7 @@ OTHER_FLAGS |= {
     "quick",
     "write",
     "reference",
+    "rehearse",
     "tiny",
     "updates",
     "warm_up",
