@@ -28,6 +28,12 @@ from transformers import (
 TEXT_WIDTH = 16
 POOLED_WIDTH, SIZE_WIDTH = 12, 4  # of XL: the pooled embedding, and each of six size ids
 VAE_FACTOR = 2
+BETAS: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+}
 INSTRUCTIONS = ("make it red", "make it blue", "add snow", "turn it into a painting")
 
 
@@ -38,72 +44,51 @@ def save_tiny_pipeline(
 
     The VAE halves each side; weights are the same at every call.
     """
-    if xl:
-        return _save_tiny_xl(folder, in_channels)
+    plain = StableDiffusionPipeline, StableDiffusionInstructPix2PixPipeline
+    both = StableDiffusionXLPipeline, StableDiffusionXLInstructPix2PixPipeline
+    kind = (both if xl else plain)[in_channels == 8]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
-        parts = {
-            "unet": _unet(in_channels),
-            "vae": _vae(),
-            "text_encoder": _text_encoder(tokenizer),
-        }
-    scheduler = PNDMScheduler(  # as Stable Diffusion 1.5 has it
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        skip_prk_steps=True,
-        steps_offset=1,
-        set_alpha_to_one=False,
-        prediction_type=prediction_type,
-    )
-    edits = in_channels == 8
-    kind = StableDiffusionInstructPix2PixPipeline if edits else StableDiffusionPipeline
-    pipeline = kind(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+        parts = _xl_parts(in_channels) if xl else _plain_parts(in_channels, prediction_type)
+    kind(**parts).save_pretrained(folder)
     return Path(folder)
 
 
-def _save_tiny_xl(folder: Path, in_channels: int) -> Path:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = _tokenizer()
-        text_encoder = _text_encoder(tokenizer)
-        second = _text_encoder(tokenizer, CLIPTextModelWithProjection, POOLED_WIDTH)
-        sizes = 6 * SIZE_WIDTH
-        unet = _unet(
+def _plain_parts(in_channels: int, prediction_type: str) -> dict[str, Any]:
+    tokenizer = _tokenizer()
+    return {
+        "unet": _unet(in_channels),
+        "vae": _vae(),
+        "text_encoder": _text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "scheduler": PNDMScheduler(  # as Stable Diffusion 1.5 has it
+            **BETAS, skip_prk_steps=True, set_alpha_to_one=False, prediction_type=prediction_type
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _xl_parts(in_channels: int) -> dict[str, Any]:
+    tokenizer = _tokenizer()
+    return {
+        "text_encoder": _text_encoder(tokenizer),
+        "text_encoder_2": _text_encoder(tokenizer, CLIPTextModelWithProjection, POOLED_WIDTH),
+        "unet": _unet(
             in_channels,
             cross_attention_dim=2 * TEXT_WIDTH,
             addition_embed_type="text_time",
             addition_time_embed_dim=SIZE_WIDTH,
-            projection_class_embeddings_input_dim=POOLED_WIDTH + sizes,
+            projection_class_embeddings_input_dim=POOLED_WIDTH + 6 * SIZE_WIDTH,
             use_linear_projection=True,
-        )
-        vae = _vae()
-    scheduler = EulerDiscreteScheduler(  # as Stable Diffusion XL has it
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1
-    )
-    edits = in_channels == 8
-    kind = StableDiffusionXLInstructPix2PixPipeline if edits else StableDiffusionXLPipeline
-    pipeline = kind(
-        vae=vae,
-        text_encoder=text_encoder,
-        text_encoder_2=second,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        add_watermarker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return Path(folder)
+        ),
+        "vae": _vae(),
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "scheduler": EulerDiscreteScheduler(**BETAS),  # as Stable Diffusion XL has it
+        "add_watermarker": False,
+    }
 
 
 def _unet(in_channels: int, **other: Any) -> UNet2DConditionModel:

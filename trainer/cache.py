@@ -57,11 +57,10 @@ class Shelf:
         )
         # As bytes, for numpy has no bf16: of a pair [mirrors x crops, 3, bytes].
         self.latents = [_rows(latents, cache.shape.variants, 3) for latents, *_ in opened]
-        self.size_ids = [size_ids.flatten(1, 2) for _, size_ids, *_ in opened]
+        self.size_ids = [size_ids.flatten(1, 2).numpy() for _, size_ids, *_ in opened]
 
         written = [cache.open(name, "text", "pooled", "digest") for name in texts]
-        self.texts = [_rows(text) for text, *_ in written]
-        self.pooled = [_rows(pooled) for _, pooled, _ in written]
+        self.texts = [(_rows(text), _rows(pooled)) for text, pooled, _ in written]
         self.text_shard, self.text_place = _places([len(text) for text, *_ in written])
         keys = as_keys(torch.cat([digest for *_, digest in written]).numpy())
         self._sorted = np.argsort(keys)
@@ -124,7 +123,8 @@ class CachedPairs(Dataset[CachedBatch]):
         latents = torch.empty(3, count, *latent, dtype=shape.dtype)
         text, size_ids = self._no_texts(count), torch.zeros(count, SIZE_IDS)
         weights, errors = torch.ones(count), []
-        latent_bytes = _rows(latents, count)
+        latent_bytes, text_bytes = _rows(latents, count), [_rows(part) for part in text]
+        ids = size_ids.numpy()
         for index, position in enumerate(positions):
             unit, variant, error = self._choose(position)
             number = self._null_text
@@ -135,9 +135,9 @@ class CachedPairs(Dataset[CachedBatch]):
             else:
                 shard, place = shelf.shard[unit], shelf.place[unit]
                 latent_bytes[:, index] = shelf.latents[shard][place][variant]
-                size_ids[index] = shelf.size_ids[shard][place][variant]
+                ids[index] = shelf.size_ids[shard][place][variant]
                 number = shelf.text[unit]
-            self._read_text(text, index, number)
+            self._read_text(text_bytes, index, number)
         return CachedBatch(
             latents, *text, size_ids, torch.tensor(positions), weights, tuple(errors)
         )
@@ -162,7 +162,7 @@ class CachedPairs(Dataset[CachedBatch]):
     def null_text(self) -> Text:
         """The empty instruction's encoding."""
         text = self._no_texts(1)
-        self._read_text(text, 0, self._null_text)
+        self._read_text([_rows(part) for part in text], 0, self._null_text)
         return text
 
     def _no_texts(self, count: int) -> Text:
@@ -172,11 +172,11 @@ class CachedPairs(Dataset[CachedBatch]):
             torch.empty(count, shape.pooled, dtype=shape.dtype),
         )
 
-    def _read_text(self, text: Text, index: int, number: int) -> None:
-        """Copies text `number` of the cache to place `index`."""
+    def _read_text(self, into: list[np.ndarray], index: int, number: int) -> None:
+        """Copies text `number` of the cache, as bytes, to place `index`."""
         shard, place = self._shelf.text_shard[number], self._shelf.text_place[number]
-        _rows(text.states)[index] = self._shelf.texts[shard][place]
-        _rows(text.pooled)[index] = self._shelf.pooled[shard][place]
+        for part, kept in zip(into, self._shelf.texts[shard], strict=True):
+            part[index] = kept[place]
 
     def _open(self) -> None:
         self._shelf = Shelf(self._cache)

@@ -66,7 +66,7 @@ def count_run(config: RunConfig, described: Described) -> Counted:
     dtype = DTYPES[config.precision.mixed_precision or "no"]
     prepared = _prepare(config, described, dtype)
     weight_bytes = sum(p.nbytes for p in prepared.unet.parameters())
-    encoders = _encoders(config, described, dtype)
+    encoders, blank = _encoders(config, described, dtype), blank_unet(described)
     cached, validation = config.data.cache_latents is not None, config.validation
     shows = validation.val_image_url is not None and validation.validation_prompt is not None
     stays = not cached or shows or config.data.held_out > 0  # a run from a cache only validates
@@ -78,10 +78,10 @@ def count_run(config: RunConfig, described: Described) -> Counted:
         encoder_bytes=bytes_of(encoders.vae, encoders.text_encoder) if stays else 0,
         attention_fits=all(
             (width := int(module.inner_dim // module.heads)) & (width - 1) == 0
-            for module in blank_unet(described).modules()
+            for module in blank.modules()
             if isinstance(module, Attention)
         ),
-        block=_largest_block(blank_unet(described)),
+        block=_largest_block(blank),
     )
 
 

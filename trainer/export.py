@@ -20,8 +20,8 @@ from transformers import CLIPImageProcessor
 from .config import ModelConfig, OutputConfig
 from .errors import UsageError
 from .families import Family
+from .pretrained import INDEX_FILE
 
-INDEX_FILE = "model_index.json"  # diffusers reads it first
 RAW_UNET = "unet_raw"
 PARTS = (
     "unet",
@@ -99,25 +99,32 @@ def save_pipeline(
     parts = dict(components)
     for name in parts.keys() & {*family.text_encoders, "safety_checker"}:
         parts[name] = copy.deepcopy(parts[name]).to("cpu", dtype)
-    parts["vae"] = _in_dtype(parts["vae"], parts["vae"].state_dict(), dtype)
-    parts["unet"] = _in_dtype(unet, unet.state_dict(), dtype)
+    modules: dict[str, Any] = {"vae": parts["vae"], "unet": unet}
+    for name, module in modules.items():
+        parts[name] = model_of(type(module), module.config, module.state_dict(), dtype)
     pipeline = family.make_pipeline(zero_null=zero_null, **parts)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         pipeline.save_pretrained(staging)
         if raw_weights is not None:
-            _in_dtype(unet, raw_weights, dtype).save_pretrained(staging / RAW_UNET)
+            raw = model_of(type(unet), parts["unet"].config, raw_weights, dtype)
+            raw.save_pretrained(staging / RAW_UNET)
         _move_into_place(staging, folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{folder}: the pipeline cannot be written: {_line(error)}") from None
 
 
-def _in_dtype(module: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """A diffusers model on the CPU with the configuration of `module` and these weights."""
-    public = {name: value for name, value in module.config.items() if not name.startswith("_")}
+def model_of(
+    cls: Any,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A diffusers model on the CPU of a configuration and these weights; none are drawn before."""
+    public = {name: value for name, value in config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        made = type(module).from_config(public)
+        made = cls.from_config(public)
     cast = {name: w.detach().to("cpu", dtype) for name, w in weights.items()}
     made.load_state_dict(cast, assign=True)
     return made

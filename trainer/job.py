@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,7 @@ from .data import EditPairs, PixelBatch, Source, collate, make_tokenize
 from .diffusion import Diffusion
 from .ema import Ema
 from .encoders import Encoders, Samples, SideStream
+from .export import model_of
 from .families import Text
 from .loss import EditLoss
 from .masters import reduce_in_bf16
@@ -26,15 +28,10 @@ from .optim import MOMENTS, make_optimizer
 from .plan import Plan
 from .power_ema import PowerEma, part_of
 from .pretrained import load_encoders, load_unet
-from .sharding import Shards, compile_blocks, make_mesh, whole_unet
+from .sharding import Shards, compile_blocks, make_mesh
 from .step import LossScale, discarded_step, train_step
 from .unet import prepare_unet
 from .world import World
-
-# torch 2.13 has another name for it, and warns of the old one.
-_names = inspect.signature(DistributedDataParallel).parameters
-_name = "forward_sync_buffers" if "forward_sync_buffers" in _names else "broadcast_buffers"
-KEEPS_BUFFERS: dict[str, Any] = {_name: False}
 
 
 class Job:
@@ -194,7 +191,7 @@ class Job:
             device_ids=[self.world.local_rank] if on_gpu else None,
             bucket_cap_mb=self.plan.config.loop.bucket_mb,
             gradient_as_bucket_view=True,
-            **KEEPS_BUFFERS,  # they never change
+            **_sends_no_buffers(),
             static_graph=True,
         )
         if self.masters is not None:
@@ -283,5 +280,12 @@ class Job:
         main = self.world.is_main
         raw = self.shards.gather(self.shards.named, keeps=main)
         weights = raw if averages is None else self.shards.gather(averages, keeps=main)
-        unet = whole_unet(self.unet, weights) if main else self.unet
+        unet = model_of(UNet2DConditionModel, self.unet.config, weights) if main else self.unet
         yield unet, None if averages is None else raw
+
+
+def _sends_no_buffers() -> dict[str, Any]:
+    """For DDP: they never change. torch 2.13 has another name for it, and warns of the old one."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    return {new if new in names else old: False}

@@ -20,9 +20,10 @@ from torch import Tensor
 from . import checkpoint
 from .config import check_ema_length
 from .errors import UsageError
-from .export import INDEX_FILE
+from .export import model_of
 from .files import beside, cannot_write
 from .power_ema import SNAPSHOTS, Mix, mix_for, part_of
+from .pretrained import INDEX_FILE
 
 ABOUT_FILE = "post_hoc_ema.json"  # what was mixed, beside the pipeline
 LARGEST_ERROR = 0.1  # of a profile, in parts of it; beyond, it is another length
@@ -64,9 +65,7 @@ def write_pipeline(run: Path, length: float, out: Path) -> Mix:
         partial.mkdir(parents=True)
         _copy_others(run, partial)
         config: Any = UNet2DConditionModel.load_config(run / "unet")
-        with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(config)
-        unet.load_state_dict(mixed(snapshots, mix.weights), assign=True)
+        unet = model_of(UNet2DConditionModel, config, mixed(snapshots, mix.weights))
         unet.save_pretrained(partial / "unet")
         (partial / ABOUT_FILE).write_text(_about(run, length, snapshots, mix))
         if out.exists():

@@ -19,7 +19,7 @@ from .errors import UsageError
 from .families import Family, Text, TextEncoder, family_by_parts
 from .unet import grow_conv_in
 
-INDEX_FILE = "model_index.json"
+INDEX_FILE = "model_index.json"  # diffusers reads it first
 CHANNELS = (4, 8)  # of a UNet that can be trained: text-to-image, or already an editing one
 
 

@@ -146,15 +146,6 @@ class Shards:
         return gathered
 
 
-def whole_unet(sharded: UNet2DConditionModel, weights: dict[str, Tensor]) -> UNet2DConditionModel:
-    """A UNet that is not sharded, with these weights."""
-    public = {name: value for name, value in sharded.config.items() if not name.startswith("_")}
-    with torch.device("meta"):
-        unet = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(public))
-    unet.load_state_dict(weights, assign=True)
-    return unet
-
-
 @contextmanager
 def no_reduce_between_machines(model: FSDPModule) -> Iterator[None]:
     """With hsdp machines tell each other their gradients once a window, not in each micro-step.

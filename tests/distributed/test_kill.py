@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from ranks import Ranks, run
+from ranks import Ranks, run, run_flags
 from tiny import save_tiny_inputs
 
 STEPS, KILLS = 20, 5
@@ -23,25 +23,13 @@ def inputs(tmp_path_factory):
 
 def _flags(inputs, output, ranks, *more):
     return [
-        f"--pretrained_model_name_or_path={inputs / 'base'}",
-        f"--train_data_dir={inputs / 'data'}",
-        "--resolution=16",
-        "--random_flip",
-        f"--train_batch_size={6 // ranks}",
-        "--gradient_accumulation_steps=2",
-        f"--max_train_steps={STEPS}",
+        *run_flags(inputs, output, ranks, STEPS),
         "--lr_scheduler=cosine",
         "--lr_warmup_steps=3",
-        "--conditioning_dropout_prob=0.1",
-        "--use_ema",
         "--held_out=2",
         "--validation_steps=5",
-        "--validation_inference_steps=2",
         "--checkpointing_steps=2",
         "--checkpoints_total_limit=1",
-        "--log_every=1",
-        "--report_to=none",
-        f"--output_dir={output}",
         *more,
     ]
 

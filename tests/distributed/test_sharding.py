@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from ranks import Ranks, run
+from ranks import Ranks, run, run_flags
 from safetensors.torch import load_file
 from tiny import save_tiny_inputs
 
@@ -43,25 +43,13 @@ def shared(inputs, tmp_path_factory):
 
 def _flags(inputs, output, ranks, *more):
     return [
-        f"--pretrained_model_name_or_path={inputs / 'base'}",
-        f"--train_data_dir={inputs / 'data'}",
-        "--resolution=16",
-        "--random_flip",
-        f"--train_batch_size={6 // ranks}",
-        "--gradient_accumulation_steps=2",
-        f"--max_train_steps={STEPS}",
-        "--conditioning_dropout_prob=0.1",
+        *run_flags(inputs, output, ranks, STEPS),
         "--learning_rate=1e-3",
         "--adam_epsilon=1e-3",  # not far below the gradients, or Adam would hide a wrong scale
         "--max_grad_norm=0.05",  # clips each step of this model
-        "--use_ema",
         "--held_out=3",  # of which two ranks have not the same number
         "--validation_steps=3",
-        "--validation_inference_steps=2",
         f"--checkpointing_steps={HALF}",
-        "--log_every=1",
-        "--report_to=none",
-        f"--output_dir={output}",
         *more,
     ]
 

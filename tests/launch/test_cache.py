@@ -64,7 +64,7 @@ def test_the_command_fills_the_cache_and_the_run_only_reads_it(here, capfd, monk
     assert cli.main(["cache", "--nproc_per_node=1", *flags]) == 0
     printed = capfd.readouterr().err
     assert "0 of 8 pairs are there" in printed
-    assert "8 to encode, 2 forms each: 49.2 kB" in printed
+    assert "8 to encode, 2 forms each: 49.5 kB" in printed
     assert "pair 8/8" in printed
     assert not (here / "out").exists()
 
@@ -85,7 +85,7 @@ def test_random_crops_train_from_those_that_are_kept(here):
 def test_a_dry_run_says_the_size_and_writes_nothing(here, capfd):
     for main in (cache.main, train.main):
         assert main(_square("--dry_run", output_dir="out", cache_latents="cache")) == 0
-        assert "8 to encode, 2 forms each: 49.2 kB" in capfd.readouterr().err
+        assert "8 to encode, 2 forms each: 49.5 kB" in capfd.readouterr().err
         assert not (here / "out").exists()
         assert not (here / "cache").exists()
 

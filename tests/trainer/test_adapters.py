@@ -17,6 +17,7 @@ from fusedit.trainer.config import AdapterConfig
 from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.families import Text
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.unet import Prepared, grow_conv_in, prepare_unet
 
@@ -152,10 +153,12 @@ def gradients(made: Prepared, *, compiled: str | None = None) -> dict[str, torch
     latents = torch.randn(2, 4, 8, 8)
     samples = Samples(
         target_mean=latents, target_std=latents.abs(), condition=latents,
-        text=torch.randn(2, 5, 16), positions=torch.arange(2), weights=torch.ones(2),
+        text=torch.randn(2, 5, 16), pooled=torch.zeros(2, 0), size_ids=torch.zeros(2, 6),
+        positions=torch.arange(2), weights=torch.ones(2),
     )  # fmt: skip
     diffusion = Diffusion.from_scheduler(CONFIG, 0.18215, CPU)
-    loss_fn = EditLoss(diffusion, (0.0, 0.0, 0.0), torch.zeros(1, 5, 16), 5, torch.float32)
+    null_text = Text(torch.zeros(1, 5, 16), torch.zeros(1, 0))
+    loss_fn = EditLoss(diffusion, (0.0, 0.0, 0.0), null_text, 5, torch.float32)
     assert made.adapter is not None
     loss_fn = made.adapter.drawing(loss_fn)
     if compiled is not None:
