@@ -161,7 +161,6 @@ def rehearsing(gpu: str, *, stand_in: bool) -> Iterator[None]:
     machine = harness.machine
     torch.set_num_threads(1)  # a copy of a process has none of its threads
     with ExitStack() as stack:
-        stack.enter_context(patch.object(torch, "set_num_threads", lambda count: None))
         if stand_in:
             stack.enter_context(standing_in(gpu))
         else:

@@ -55,8 +55,9 @@ def make_world() -> World:
         )
     )  # fmt: skip
     if not torch.cuda.is_available():
-        # torchrun gives each process one thread; the ranks of a machine share its cores.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        # torchrun gives each of several processes one thread, unless told; they share the cores.
+        if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         return World(rank=rank, local_rank=local_rank, size=size, local_size=local_size)
     if local_size > torch.cuda.device_count():
         raise UsageError(

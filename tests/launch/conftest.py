@@ -4,7 +4,6 @@ import shutil
 import signal
 
 import pytest
-import torch
 from tiny import save_tiny_inputs
 
 
@@ -20,8 +19,6 @@ def here(inputs, tmp_path, monkeypatch):
         shutil.copytree(inputs / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    # One thread, as conftest.py says: on a busy machine tiny tensors wait for the others' turn.
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     yield tmp_path
     for number, handler in handlers.items():
         signal.signal(number, handler)

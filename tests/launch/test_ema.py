@@ -46,11 +46,6 @@ def _flags(folder, *more, steps=STEPS):
     ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-
-
 def _ema(folder, length, out="made"):
     return cli.main(["ema", str(folder / "out"), f"--length={length}", f"--out={folder / out}"])
 

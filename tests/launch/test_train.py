@@ -201,6 +201,23 @@ def test_an_unreadable_image_can_be_skipped(here, capfd):
     assert "skipped: row" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("local_size", "said", "threads"),
+    [("2", "1", [3]), ("2", "5", []), ("1", "1", []), (None, None, [])],
+    ids=["torchrun's own 1", "the user's 5", "one process", "no torchrun"],
+)
+def test_ranks_share_the_cores_unless_told(monkeypatch, local_size, said, threads):
+    for name, value in (("LOCAL_WORLD_SIZE", local_size), ("OMP_NUM_THREADS", said)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    taken = []
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    train.make_world()
+    assert taken == threads
+
+
 def test_two_ranks_under_torchrun_are_one_run(here):
     """On a CPU the reference's two ranks are two runs in one folder (defect 12)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
