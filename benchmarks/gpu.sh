@@ -12,11 +12,12 @@
 #            Others want a call of their own: attention; update, after attention was chosen;
 #            ledger, data, checkpoint, scaling, parity and step, which need what the trainer does
 #            (datasets, tyro, ...); scaling takes one GPU's speed from an update.json in OUT or
-#            FROM; parity and step need REFERENCE, and accelerate.
+#            FROM; parity, step and sdxl need REFERENCE, and accelerate.
 #
 # and as variables:
 #
-#   REFERENCE  a checkout of huggingface/diffusers, or its train_instruct_pix2pix.py
+#   REFERENCE  a checkout of huggingface/diffusers, or its train_instruct_pix2pix.py; of sdxl that
+#              of XL beside it
 #   LIMIT_S  seconds for all of it                                         [570]
 #   FROM     folder of an earlier run's JSON: parts that are complete there are skipped, the
 #            kernel benchmark and attention go on where they stopped
@@ -38,7 +39,7 @@ LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
 KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint scaling"
-KNOWN+=" parity step"
+KNOWN+=" parity step sdxl"
 USUAL="ceilings tests checks kernels optimizer tune"
 ((rehearsing)) && PARTS=${PARTS:-$KNOWN} || PARTS=${PARTS:-$USUAL}
 REHEARSAL="none: a rehearsal, nothing is measured" # as rehearsal.py has it
@@ -54,7 +55,7 @@ mistake() {
 [[ -n $OUT ]] || mistake "no OUT: give a folder, then parts: $KNOWN"
 for part in $PARTS; do
   [[ " $KNOWN " == *" $part "* ]] || mistake "there is no part $part; give some of: $KNOWN"
-  [[ $part != parity && $part != step || -n $REFERENCE ]] ||
+  [[ " parity step sdxl " != *" $part "* || -n $REFERENCE ]] ||
     mistake "$part needs REFERENCE, a checkout of huggingface/diffusers"
 done
 [[ $LIMIT_S =~ ^[1-9][0-9]*$ ]] || mistake "LIMIT_S is $LIMIT_S; give seconds, a whole number"
@@ -132,7 +133,7 @@ seconds() { # seconds MOST REST: for shapes, with a rest for the last one and wh
 }
 
 everything() {
-  local ops attention choose speed=()
+  local ops attention choose pixels speed=()
   read -ra ops <<<"--op $OPS"
   read -ra attention <<<"$ATTENTION --only_json"
   part ceilings 60 gpu ceilings
@@ -159,6 +160,11 @@ everything() {
   part step-tuned-256 540 step --name step-tuned-256 --preset tuned --pixels 256 "${script[@]}"
   part step-tuned-512 540 step --name step-tuned-512 --preset tuned --pixels 512 "${script[@]}"
   part step-as-shipped 540 step --name step-as-shipped --preset as-shipped "${script[@]}"
+  for pixels in 512 1024; do
+    part "sdxl-tuned-$pixels" 540 step --name "sdxl-tuned-$pixels" --preset sdxl-tuned \
+      --pixels "$pixels" "${script[@]}"
+  done
+  part sdxl-as-shipped 540 step --name sdxl-as-shipped --preset sdxl --pixels 512 "${script[@]}"
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   files=$(find "$OUT" -maxdepth 1 -type f | wc -l)

@@ -78,10 +78,8 @@ def found_script(text: str) -> Script:
 
 
 def script_named(given: Script, name: str) -> Script | None:
-    """The script of this name beside the one that was found; another's stands in for NAME."""
-    path = given.path
-    if path.name in SHA256 or name != NAME:
-        path = path.with_name(name)
+    """The script of this name beside the one that was found; another's stands in for either."""
+    path = given.path.with_name(name) if given.path.name in SHA256 else given.path
     return script_at(path) if path.is_file() else None
 
 

@@ -5,6 +5,7 @@ Run as a file, by reference_run. `--mistake` puts in what a comparison must see.
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 MISTAKES = ("none", "mask", "noise", "weight_decay", "average", "slow_log", "crash")
 
@@ -45,14 +46,48 @@ def grown(unet):
     return unet
 
 
+class Texts:
+    """Of Stable Diffusion, or of XL where the base has a second encoder."""
+
+    def __init__(self, base):
+        kinds = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+        if not Path(base, "text_encoder_2").is_dir():
+            del kinds["_2"]
+        self.both = [
+            (
+                CLIPTokenizer.from_pretrained(base, subfolder=f"tokenizer{number}"),
+                kind.from_pretrained(base, subfolder=f"text_encoder{number}"),
+            )
+            for number, kind in kinds.items()
+        ]
+
+    def tokens(self, texts):
+        found = [
+            tokenizer(
+                texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True
+            )
+            for tokenizer, _ in self.both
+        ]
+        return torch.stack([torch.tensor(one.input_ids) for one in found])
+
+    def encode(self, tokens):
+        """States, and the pooled ones of XL."""
+        found = [
+            encoder(ids, output_hidden_states=True)
+            for (_, encoder), ids in zip(self.both, tokens, strict=True)
+        ]
+        if len(found) == 1:
+            return found[0][0], None
+        return torch.cat([one.hidden_states[-2] for one in found], dim=-1), found[1][0]
+
+
 def main():
     args = flags()
     if args.mistake == "crash":
         raise SystemExit("the script met a mistake")
     torch.manual_seed(args.seed)
     base = args.pretrained_model_name_or_path
-    tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    texts = Texts(base)
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
     unet = grown(UNet2DConditionModel.from_pretrained(base, subfolder="unet"))
     schedule = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
@@ -63,11 +98,6 @@ def main():
     crop = transforms.Compose(
         [transforms.CenterCrop(args.resolution), transforms.Lambda(lambda images: images)]
     )
-    length = tokenizer.model_max_length
-
-    def tokens(texts):
-        found = tokenizer(texts, max_length=length, padding="max_length", truncation=True)
-        return torch.tensor(found.input_ids)
 
     def pixels(images):
         side = (args.resolution, args.resolution)
@@ -78,7 +108,7 @@ def main():
 
     def collate(rows):
         images = ([row[name] for row in rows] for name in ("edited_image", "input_image"))
-        return *map(pixels, images), tokens([row["edit_prompt"] for row in rows])
+        return *map(pixels, images), texts.tokens([row["edit_prompt"] for row in rows])
 
     rows = load_dataset(args.dataset_name)["train"]
     loader = DataLoader(rows, args.train_batch_size, shuffle=True, collate_fn=collate)
@@ -91,17 +121,23 @@ def main():
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
             noisy = schedule.add_noise(latents, noise, timesteps)
-            text = text_encoder(ids)[0]
+            text, pooled = texts.encode(ids)
             condition = vae.encode(original).latent_dist.mode()
             draw = torch.rand(len(latents), generator=draws)
-            null = text_encoder(tokens([""]))[0]
+            null = texts.encode(texts.tokens([""]))[0]
             dropped = 3 if args.mistake == "mask" else 2
             text = torch.where((draw < dropped * rate)[:, None, None], null, text)
             hidden = (draw >= rate) & (draw < 3 * rate)
             condition = condition * (~hidden)[:, None, None, None]
             if args.mistake == "noise":
                 noisy = noisy * 1.001
-            predicted = unet(torch.cat((noisy, condition), dim=1), timesteps, text).sample
+            beside = None
+            if pooled is not None:
+                sizes = torch.full((len(latents), 6), float(args.resolution))
+                beside = {"text_embeds": pooled, "time_ids": sizes}
+            predicted = unet(
+                torch.cat((noisy, condition), dim=1), timesteps, text, added_cond_kwargs=beside
+            ).sample
             target = noise
             if schedule.config.prediction_type == "v_prediction":
                 target = schedule.get_velocity(latents, noise, timesteps)
