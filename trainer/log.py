@@ -74,11 +74,14 @@ class RunLog:
         In log.jsonl a value that is not finite is null, for JSON has no other.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = {"step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._write({"step": step, "time": round(time.time(), 3), **finite})
         for tracker in self._trackers.values():
             tracker.scalars(step, values)
+
+    def event(self, step: int, name: str, text: str) -> None:
+        """Prints a line and keeps it in log.jsonl, under `event` and `told`."""
+        self.note(text)
+        self._write({"step": step, "time": round(time.time(), 3), "event": name, "told": text})
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Shows how far the run is, with these values, in the terminal or as a line of text."""
@@ -93,6 +96,10 @@ class RunLog:
         """Prints a line above the progress line."""
         tqdm.write(text, file=sys.stderr)
 
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
     def close(self) -> None:
         """Ends the progress line, the trackers' runs and the file."""
         self._progress.close()
@@ -106,6 +113,9 @@ class _SilentLog(RunLog):
         pass
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def event(self, step: int, name: str, text: str) -> None:
         pass
 
     def progress(self, step: int, values: dict[str, float]) -> None:

@@ -28,6 +28,7 @@ from .optim import schedule
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
 from .sample import build_pipeline
+from .saver import Save, Saver
 from .settings import flat
 from .step import Rates
 from .validate import Validator, newest_picture
@@ -124,13 +125,14 @@ class Run:
             log.note(line)
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
-        meter = Meter(world.device)
+        meter, saver = Meter(world.device), Saver(world, job.shards, log)
         windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
-                    self.save()
+                    self.save(saver)
+                    saver.finish()
                     if verdict is Verdict.BAD_SAMPLE:
                         raise UsageError(f"{messages[0]}; --on_bad_sample skip goes on without it")
                     log.note(f"stopped after step {self.step}; the same command goes on from here")
@@ -147,6 +149,7 @@ class Run:
                     values = meter.read() | {"lr": lr, "epoch": self.step / plan.steps_per_epoch}
                     log.scalars(self.step, values)
                     log.progress(self.step, values)
+                    saver.tell(self.step)
                 shows = validator is not None and validator.due(self.step, plan.total_steps)
                 saves = self.step % output.checkpointing_steps == 0 or last
                 every = output.ema_snapshot_steps or output.checkpointing_steps
@@ -157,40 +160,35 @@ class Run:
                     if validator is not None and shows:
                         with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
-                    if keeps:  # before the checkpoint, from which a run does not come back to it
-                        self.save_snapshot()
-                    if saves:
-                        self.save()
+                    if saves or keeps:
+                        self.save(saver, whole=saves, averages=keeps)
+            saver.wait()
             what = "pipeline" if job.adapter is None else "adapter"
             log.note(f"trained to step {self.step}: writing the {what} to {plan.output}")
             self.export(newest_picture(self.pictures, self.step))
+            saver.finish()  # only now: if the last state could not be kept, its pipeline still is
             log.note(f"done: {plan.output}")
             return True
         finally:
             if isinstance(update, Captured):
                 update.close()
+            saver.close()
             log.close()
 
     # Checkpoints and export.
 
-    def save(self) -> None:
-        """Writes the checkpoint of this step; all ranks wait for it."""
-        root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
-        if self.job.shards is not None:
-            made = self._state()
-            sharded_checkpoint.save(root, self.step, made, keep, self.job.shards, self.world)
+    def save(self, saver: Saver, *, whole: bool = True, averages: bool = False) -> None:
+        """Has the checkpoint of this step written, and the averages of --post_hoc_ema."""
+        if not saver.writes:
             return
-        with self.world.together():
-            if self.world.is_main:
-                checkpoint.save(root, self.step, self._state(), keep)
-
-    def save_snapshot(self) -> None:
-        """Writes the averages of --post_hoc_ema; all ranks wait for it."""
-        with self.world.together():
-            if self.world.is_main:
-                state = {"step": self.step, "lengths": list(self.job.kept)}
-                kept = Checkpoint(self.job.snapshot(), state)
-                checkpoint.save(self.plan.output / SNAPSHOTS, self.step, kept, keep=None)
+        saves, root = [], self.plan.output
+        if averages:  # before the checkpoint, from which a run does not come back to it
+            state = {"step": self.step, "lengths": list(self.job.kept)}
+            saves.append(Save(root / SNAPSHOTS, Checkpoint(self.job.snapshot(), state), keep=None))
+        if whole:
+            keep = self.plan.config.output.checkpoints_total_limit
+            saves.append(Save(root, self._state(), keep))
+        saver.save(self.step, saves)
 
     def _state(self) -> Checkpoint:
         scale = self.job.loss_scale
