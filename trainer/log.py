@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .files import write_text
+from .files import cannot_write, write_text
 from .trackers import open_tracker
 
 LOG_FILE = "log.jsonl"
@@ -46,7 +46,6 @@ class RunLog:
             first_step: optimizer steps done before. Lines of later steps are dropped: they were
                 written by a run that was killed after its last checkpoint.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self._lines = Lines(folder / LOG_FILE, first_step)
         identities = folder / IDENTITIES_FILE
         known = json.loads(identities.read_text()) if first_step and identities.exists() else {}
@@ -190,11 +189,18 @@ class Lines:
     """
 
     def __init__(self, path: Path, first_step: int, part_bytes: int = PART_BYTES) -> None:
-        """Begins the file, or goes on with it after its lines of steps up to first_step."""
-        drop_lines_after(path, first_step)
+        """Begins the file, or goes on with it after its lines of steps up to first_step.
+
+        Raises: UsageError: it cannot be written.
+        """
         self._path, self._part_bytes = path, part_bytes
         self._waiting = b""
-        self._open()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_lines_after(path, first_step)
+            self._open()
+        except OSError as error:
+            raise cannot_write(path, error) from None
 
     def _open(self) -> None:
         self._file = self._path.open("ab", buffering=0)

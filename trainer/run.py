@@ -138,13 +138,14 @@ class Run:
         job = self.job
         update = job.update()
         validator = self._validator()
-        log = self._open_log()
+        with world.together():
+            log = self._open_log()
+            audit = self._audit(log)
         for line in job.fused:
             log.note(line)
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
         meter, saver = Meter(world.device), Saver(world, job.shards, log)
-        audit = self._audit(log)
         windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
