@@ -114,7 +114,7 @@ WRITES = {  # what is written: how its path ends
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("written", WRITES)
 def test_one_line_and_the_older_checkpoint_stands(inputs, begun, tmp_path, capfd, written, kind):
     output = tmp_path / "out"
@@ -129,7 +129,7 @@ def test_one_line_and_the_older_checkpoint_stands(inputs, begun, tmp_path, capfd
     assert not _half_written(output)
     whole = written in ("validation image", "pipeline", "card") and "checkpoint" not in line
     assert (output / "checkpoint-4").exists() is (whole and written != "validation image")
-    if kind == "full":  # when there is space again
+    if written in ("manifest", "pipeline") or kind == "read-only":  # when it can be written again
         assert train.main(flags) == 0
         assert checkpoint.broken(output / "checkpoint-4") is None
 

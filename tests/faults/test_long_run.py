@@ -5,6 +5,7 @@ python -m pytest -m slow tests/faults/test_long_run.py
 
 import json
 import statistics
+from itertools import pairwise
 
 import pytest
 from long_run import PART_BYTES, Counted
@@ -22,7 +23,7 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("steps", "checkpoints", "grows_mib"),
-    [(400, 10, 24), pytest.param(20_000, 200, 24, marks=pytest.mark.slow)],
+    [(240, 8, 24), pytest.param(20_000, 200, 24, marks=pytest.mark.slow)],
 )
 def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     output, told = tmp_path / "run", tmp_path / "told"
@@ -55,9 +56,12 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     assert grown < grows_mib * MIB
     for name in ("files", "threads"):
         assert max(h[name] for h in late) <= max(h[name] for h in early), name
-    taken = [(part[-1]["cpu_s"] - part[0]["cpu_s"]) / (len(part) - 1) for part in (early, late)]
+    taken = [
+        statistics.median(b["cpu_s"] - a["cpu_s"] for a, b in pairwise(part))
+        for part in (early, late)
+    ]
     print(f"CPU seconds of 5 steps, early and late: {taken}")
-    assert taken[1] < 1.3 * taken[0]
+    assert taken[1] < 1.4 * taken[0]
 
     parts = parts_of(output / LOG_FILE)
     assert len(parts) > 1
