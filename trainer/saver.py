@@ -50,7 +50,10 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Parts:
-        """The copy, contiguous and whole when this returns; the next call overwrites it."""
+        """The copy, contiguous and whole when this returns; the next call overwrites it.
+
+        Raises: UsageError: the host has no memory for it.
+        """
         copied: Parts = {}
         for part, named in parts.items():
             copied[part] = {}
@@ -68,12 +71,18 @@ class HostCopy:
             return place
         size = -(-tensor.nbytes // ALIGN_BYTES) * ALIGN_BYTES
         if size > len(self.block):
-            on_gpu = self.device.type == "cuda"
-            whole = max(size, BLOCK_BYTES)
-            self.block = torch.empty(whole, dtype=torch.uint8, pin_memory=on_gpu)
+            self.block = self._memory(max(size, BLOCK_BYTES))
         own, self.block = self.block[: tensor.nbytes], self.block[size:]
         self.places[key] = own.view(tensor.dtype).view(tensor.shape)
         return self.places[key]
+
+    def _memory(self, count: int) -> Tensor:
+        on_gpu = self.device.type == "cuda"
+        try:
+            return torch.empty(count, dtype=torch.uint8, pin_memory=on_gpu)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"the host has no memory for a copy of the state: {reason}") from None
 
 
 class Saver:
@@ -109,6 +118,9 @@ class Saver:
             self._done(step, lambda: self._write_shards(step, saves, shards))
             return
         parts = {part: named for one in saves for part, named in one.checkpoint.tensors.items()}
+        self._done(step, lambda: self._begin(step, saves, parts))
+
+    def _begin(self, step: int, saves: Sequence[Save], parts: Parts) -> None:
         copied = self.host.take(parts)
         mine = [
             one._replace(checkpoint=Checkpoint(_of(one, copied), one.checkpoint.state))

@@ -196,6 +196,23 @@ def test_a_tensor_larger_than_a_block_has_its_own(monkeypatch):
     assert BLOCK_BYTES & (BLOCK_BYTES - 1) == 0
 
 
+def test_no_memory_for_a_copy_is_a_failed_save(run, tmp_path, told, monkeypatch):
+    _save(run, tmp_path, 1, torch.ones(2))
+    run.wait()
+
+    def none_left(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nand a stack")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.torch, "empty", none_left)
+        _save(run, tmp_path, 2, torch.ones(BLOCK_BYTES // 4))
+    [(_, _, text)] = told.events
+    assert text.endswith("no memory for a copy of the state: CUDA error: out of memory")
+    with pytest.raises(UsageError, match="no memory"):
+        run.finish()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
 def test_other_ranks_neither_copy_nor_wait(disk, tmp_path):
     run = Saver(World(rank=1, size=2), None, RunLog.silent())
     _save(run, tmp_path, 1, torch.ones(2))
