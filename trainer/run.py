@@ -151,6 +151,9 @@ class Run:
             while self.step < plan.total_steps:
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
+                    if meter.results:  # of steps that no line of the log will tell of
+                        meter.read()
+                        audit.look(self.step, meter.read_steps)
                     self.save(saver)
                     saver.finish()
                     if verdict is Verdict.BAD_SAMPLE:
