@@ -9,7 +9,6 @@ rounded_once_more in fp32; gradients_to_bf16 rounds the weights' gradients alone
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from ..launch.demo.run import BATCH, FULL, save_pairs, step_flags
 from ..launch.flags import parse
 from ..launch.train import make_world, quiet_libraries
 from ..trainer import job
-from ..trainer.log import LOG_FILE
+from ..trainer.log import LOG_FILE, read_lines
 from ..trainer.optim import AdamW
 from ..trainer.run import train
 from .flags import Flags, positive
@@ -97,7 +96,7 @@ def run_steps(
     Raises: RunFailed: it did not take as many steps.
     """
     log = output / LOG_FILE
-    if log.exists() and log.read_text().count("\n") == steps:
+    if sum("event" not in line for line in read_lines(log)) == steps:
         return read_steps(log, steps)
     own = unattended(output)
     if any(flag.startswith("--cache_latents") for flag in flags):
@@ -137,7 +136,7 @@ def run_module(name: str, words: Sequence[str], output: Path, ranks: int = 1) ->
 
 def read_steps(log: Path, steps: int) -> Steps:
     """What a run with --log_every 1 wrote. Raises: RunFailed: steps or a loss are missing."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [line for line in read_lines(log) if "event" not in line]
     if len(lines) != steps:
         raise RunFailed(f"{len(lines)} of {steps} steps were taken")
     for line in lines:

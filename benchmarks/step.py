@@ -35,7 +35,7 @@ import torch
 from ..launch.flags import parse as parse_train
 from ..trainer.counting import KINDS, Work
 from ..trainer.estimate import count_run
-from ..trainer.log import LOG_FILE
+from ..trainer.log import LOG_FILE, read_lines
 from ..trainer.pretrained import describe
 from . import harness, report, step_report
 from .demo_steps import RunFailed, run_module
@@ -95,8 +95,11 @@ def run_of(case: Case, way: str, script: Script, work: Path, updates: int, warm_
         )
     output = folder / "run"
     run_module("launch.train", [*flags, f"--output_dir={output}"], folder)
-    lines = [json.loads(line) for line in (output / LOG_FILE).read_text().splitlines()]
-    kept = [line for line in lines if line["step"] >= warm_up and "images_per_second" in line]
+    kept = [
+        line
+        for line in read_lines(output / LOG_FILE)
+        if line["step"] >= warm_up and "images_per_second" in line
+    ]
     pairs = list(pairwise(kept))
     return Run(
         [1e3 * (end["time"] - start["time"]) / EVERY for start, end in pairs],

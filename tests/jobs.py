@@ -13,7 +13,7 @@ from fusedit.trainer.families import STABLE_DIFFUSION, TextEncoder
 from fusedit.trainer.loss import EditLoss
 from fusedit.trainer.optim import make_optimizer
 from fusedit.trainer.power_ema import PowerEma
-from fusedit.trainer.step import LossScale, Rates, StepResult, train_step
+from fusedit.trainer.step import LossScale, Rates, SpikeGuard, StepResult, train_step
 from fusedit.trainer.unet import grow_conv_in, prepare_unet
 from fusedit.trainer.world import World
 
@@ -92,6 +92,7 @@ class Job:
             kept=[PowerEma(self.parameters, length) for length in lengths],
         )
         self.scale = LossScale(fp16, self.device)
+        self.guard = SpikeGuard(10.0, True, self.device)
 
     def batch(self, first: int) -> PixelBatch:
         images = torch.randint(0, 256, (2, 2, 3, 16, 16), dtype=torch.uint8)
@@ -104,7 +105,7 @@ class Job:
     def update(self, micro_batches, rates) -> StepResult:
         return train_step(
             self.unet, self.loss_fn, self.optimizer, self.scale, World(device=self.device),
-            micro_batches, rates, slots=4, max_grad_norm=1.0,
+            micro_batches, rates, slots=4, max_grad_norm=1.0, guard=self.guard,
         )  # fmt: skip
 
     def step(self, number: int, update=None) -> StepResult:
@@ -122,4 +123,5 @@ class Job:
         for index, averages in enumerate(self.optimizer.averages):
             everything |= {f"average {index} {n}": a for n, a in averages.averages.items()}
         everything |= {f"moment {path}": m for path, m in self.optimizer.state().items()}
+        everything |= {"usual loss": self.guard.usual, "usual steps": self.guard.steps}
         return {name: value.detach().clone() for name, value in everything.items()}

@@ -27,8 +27,9 @@ from .files import cannot_write, differs, fingerprint, sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-NAME = re.compile(r"checkpoint-(\d+)")
-HIDDEN = re.compile(r"\.checkpoint-\d+\.(partial|deleted)")
+STATE = "state.json"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+HIDDEN = re.compile(r"\.checkpoint-[0-9]+\.(partial|deleted)")
 ACCELERATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
 
 
@@ -59,7 +60,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Pat
 
 def is_there(final: Path) -> bool:
     """Whether a checkpoint of this name is there and whole; a broken one is set aside."""
-    if not final.exists():
+    if not final.exists() and not final.is_symlink():  # which may lead nowhere
         return False
     whole = broken(final) is None
     if not whole:
@@ -108,8 +109,8 @@ def fingerprints(partial: Path, pattern: str) -> dict[str, Any]:
 def finish(final: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
     """Adds state and manifest to what was written, and gives the folder its name."""
     partial = final.with_name(f".{final.name}.partial")
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    files = files | fingerprints(partial, "state.json")
+    (partial / STATE).write_text(json.dumps(state, indent=1))
+    files = files | fingerprints(partial, STATE)
     manifest = {"format": FORMAT, "step": step, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (partial / MANIFEST, partial):
@@ -137,7 +138,7 @@ def read(folder: Path) -> Checkpoint:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads what a checkpoint says beside its tensors."""
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / STATE).read_text())
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -150,7 +151,7 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
         folder = root / f"checkpoint-{step}"
         if is_accelerate(folder):
             raise UsageError(_accelerate_message(folder))
-        reason = broken(folder)
+        reason = broken(folder) or _misnamed(folder, step)
         if reason is None:
             return folder, passed_over
         passed_over.append(f"{folder.name} is passed over: {reason}")
@@ -163,6 +164,8 @@ def broken(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return f"it has format {manifest['format']}, this version reads {FORMAT}"
+        if STATE not in manifest["files"]:
+            return f"{MANIFEST} does not list {STATE}"
         for name, expected in manifest["files"].items():
             difference = differs(folder / name, expected)
             if difference:
@@ -172,6 +175,12 @@ def broken(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
+
+
+def _misnamed(folder: Path, step: int) -> str | None:
+    """Why a whole checkpoint is not that of its name."""
+    found = read_state(folder)["step"]
+    return None if found == step else f"it is of step {found}"
 
 
 def steps(root: Path) -> list[int]:
@@ -186,7 +195,7 @@ def clean(root: Path) -> None:
     """Removes what a killed save or deletion left behind."""
     for path in root.iterdir() if root.is_dir() else ():
         if HIDDEN.fullmatch(path.name):
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def set_aside_later(root: Path, step: int) -> None:
@@ -232,7 +241,14 @@ def _delete(folder: Path) -> None:
     hidden = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()  # what it leads to is not of this folder
+    else:
+        shutil.rmtree(path)
 
 
 def _free_name(path: Path) -> Path:

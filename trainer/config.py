@@ -331,6 +331,9 @@ class LoopConfig:
     max_train_steps: int | None = None  # optimizer steps; overrides --num_train_epochs
     bucket_mb: int = 100  # ours: MB of gradients that ranks exchange at once, beside the backward
     seed: int = 0  # every draw is a function of it and of the sample's position
+    max_skips: int = 50  # ours: steps in a row that may move nothing, till the run stops
+    spike_factor: float = 10.0  # ours: a loss so many times the usual one goes to audit.jsonl
+    skip_spikes: bool = False  # ours: and its step moves nothing
 
     def __post_init__(self) -> None:
         _at_least("train_batch_size", self.train_batch_size, 1)
@@ -338,6 +341,9 @@ class LoopConfig:
         _at_least("num_train_epochs", self.num_train_epochs, 1)
         _at_least("max_train_steps", self.max_train_steps, 1)
         _at_least("bucket_mb", self.bucket_mb, 1)
+        _at_least("max_skips", self.max_skips, 1)
+        if not self.spike_factor > 1:
+            raise UsageError(f"--spike_factor must be above 1, got {self.spike_factor}; inf: never")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed must be from 0 to 2**64 - 1, got {self.seed}")
 

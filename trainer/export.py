@@ -20,6 +20,7 @@ from transformers import CLIPImageProcessor
 from .config import ModelConfig, OutputConfig
 from .errors import UsageError
 from .families import Family
+from .files import beside, cannot_write, put_in_place, write_text
 from .pretrained import INDEX_FILE
 
 RAW_UNET = "unet_raw"
@@ -173,7 +174,7 @@ def model_card(
         tags=[family.tag, "instruct-pix2pix", "diffusers", "image-to-image", "fusedit"],
     )
     if picture is not None:
-        shutil.copyfile(picture, folder / PICTURE_FILE)
+        _copy_picture(picture, folder / PICTURE_FILE)
     name, pipeline = folder.resolve().name, family.pipeline.__name__
     card = CARD.format(
         about=about.to_yaml(),
@@ -187,7 +188,15 @@ def model_card(
         versions=_table("package", versions),
         settings=_table("setting", settings),
     )
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    write_text(folder / CARD_FILE, card)
+
+
+def _copy_picture(picture: Path, path: Path) -> None:
+    try:
+        shutil.copyfile(picture, beside(path))
+        put_in_place(beside(path), path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 CARD = """\

@@ -29,7 +29,7 @@ from .plan import Plan
 from .power_ema import PowerEma, part_of
 from .pretrained import load_encoders, load_unet
 from .sharding import Shards, compile_blocks, make_mesh
-from .step import LossScale, discarded_step, train_step
+from .step import LossScale, SpikeGuard, discarded_step, train_step
 from .unet import prepare_unet
 from .world import World
 
@@ -108,6 +108,7 @@ class Job:
             shards=self.shards,
         )
         self.loss_scale = LossScale(plan.dtype is torch.float16, device)
+        self.guard = SpikeGuard(config.loop.spike_factor, config.loop.skip_spikes, device)
         self.pairs = EditPairs(
             plan.rows,
             plan.train_rows,
@@ -169,6 +170,7 @@ class Job:
             self.world,
             slots=self.plan.global_batch // self.world.size,
             max_grad_norm=config.optim.max_grad_norm,
+            guard=self.guard,
         )
         wanted = section.cuda_graphs == "on" or (
             section.cuda_graphs == "auto"

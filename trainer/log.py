@@ -1,7 +1,9 @@
 """The run's log: log.jsonl always, the trackers asked for, and a progress line."""
 
+import errno
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -13,10 +15,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .files import write_text
+from .files import cannot_write, write_text
 from .trackers import open_tracker
 
 LOG_FILE = "log.jsonl"
+PART_BYTES = 2**24  # of a log, then it begins another file
 IDENTITIES_FILE = "trackers.json"  # what each tracker calls this run, to go on with it
 
 
@@ -43,9 +46,7 @@ class RunLog:
             first_step: optimizer steps done before. Lines of later steps are dropped: they were
                 written by a run that was killed after its last checkpoint.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(folder / LOG_FILE, first_step)
-        self._file = (folder / LOG_FILE).open("a", encoding="utf-8")
+        self._lines = Lines(folder / LOG_FILE, first_step)
         identities = folder / IDENTITIES_FILE
         known = json.loads(identities.read_text()) if first_step and identities.exists() else {}
         self._trackers = {
@@ -74,11 +75,14 @@ class RunLog:
         In log.jsonl a value that is not finite is null, for JSON has no other.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = {"step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._write({"step": step, "time": round(time.time(), 3), **finite})
         for tracker in self._trackers.values():
             tracker.scalars(step, values)
+
+    def event(self, step: int, name: str, text: str) -> None:
+        """Prints a line and keeps it in log.jsonl, under `event` and `told`."""
+        self.note(text)
+        self._write({"step": step, "time": round(time.time(), 3), "event": name, "told": text})
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Shows how far the run is, with these values, in the terminal or as a line of text."""
@@ -93,12 +97,17 @@ class RunLog:
         """Prints a line above the progress line."""
         tqdm.write(text, file=sys.stderr)
 
+    def _write(self, line: dict[str, Any]) -> None:
+        reason = self._lines.add(line)
+        if reason:
+            self.note(f"WARNING: {reason}")
+
     def close(self) -> None:
         """Ends the progress line, the trackers' runs and the file."""
         self._progress.close()
         for tracker in self._trackers.values():
             tracker.close()
-        self._file.close()
+        self._lines.close()
 
 
 class _SilentLog(RunLog):
@@ -106,6 +115,9 @@ class _SilentLog(RunLog):
         pass
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def event(self, step: int, name: str, text: str) -> None:
         pass
 
     def progress(self, step: int, values: dict[str, float]) -> None:
@@ -170,22 +182,100 @@ class Progress:
             self._bar.close()
 
 
+class Lines:
+    """A file of JSON lines that grows, in parts: log-1.jsonl, log-2.jsonl, ..., and log.jsonl.
+
+    A line is there whole or not at all. What a full disk refuses waits for the next line.
+    """
+
+    def __init__(self, path: Path, first_step: int, part_bytes: int = PART_BYTES) -> None:
+        """Begins the file, or goes on with it after its lines of steps up to first_step.
+
+        Raises: UsageError: it cannot be written.
+        """
+        self._path, self._part_bytes = path, part_bytes
+        self._waiting = b""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_lines_after(path, first_step)
+            self._open()
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+    def _open(self) -> None:
+        self._file = self._path.open("ab", buffering=0)
+        self._bytes = self._path.stat().st_size
+
+    def add(self, line: dict[str, Any]) -> str:
+        """Writes a line; returns why it could not, or nothing."""
+        self._waiting += json.dumps(line).encode() + b"\n"
+        try:
+            if self._file.write(self._waiting) < len(self._waiting):  # the disk is full now
+                os.ftruncate(self._file.fileno(), self._bytes)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._bytes += len(self._waiting)
+            self._waiting = b""
+            if self._bytes >= self._part_bytes:
+                self._file.close()
+                parts = parts_of(self._path)
+                number = _number(parts[-2]) + 1 if len(parts) > 1 else 1
+                self._path.rename(_part(self._path, number))
+                self._open()
+        except OSError as error:
+            return f"{self._path} cannot be written: {error.strerror}; its lines wait"
+        return ""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of such a log, in order; the one that grows is the last."""
+    found = [one for one in path.parent.glob(f"{path.stem}-*{path.suffix}") if _number(one)]
+    return [*sorted(found, key=_number), path]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of such a log."""
+    found = []
+    for part in parts_of(path):
+        text = part.read_text(encoding="utf-8", errors="replace") if part.exists() else ""
+        found += [line for line in map(_parsed, text.splitlines()) if line is not None]
+    return found
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Rewrites a log without the lines of later steps and without a torn last line.
 
     At step 0 nothing is kept: the run begins anew.
     """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line_step = json.loads(line)["step"]
-        except json.JSONDecodeError:
-            continue
-        if line_step <= step and step > 0:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    for part in parts_of(path):
+        text = part.read_text(encoding="utf-8", errors="replace") if part.exists() else ""
+        lines = [(line, _parsed(line)) for line in text.splitlines()]
+        kept = [f"{line}\n" for line, read in lines if step and read and read["step"] <= step]
+        if part != path and not kept:
+            part.unlink()
+        elif part.exists():
+            write_text(part, "".join(kept))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line, or None for one that is torn."""
+    try:
+        read = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return read if isinstance(read, dict) and "step" in read else None
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _number(path: Path) -> int:
+    """Of a part; 0 for another file."""
+    digits = path.stem.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def memory_gib(device: torch.device) -> float:

@@ -3,11 +3,22 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from .log import memory_gib
 from .step import StepResult
+
+
+class StepFacts(NamedTuple):
+    """A step as the host has read it."""
+
+    loss: float  # a sample
+    samples: int
+    grad_norm: float
+    applied: bool
+    spike: bool
 
 
 class Meter:
@@ -16,6 +27,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.skipped_steps = 0
+        self.read_steps: list[StepFacts] = []  # those of the last reading
         self._reset()
 
     def _reset(self) -> None:
@@ -40,9 +52,14 @@ class Meter:
             torch.stack([value.float() for value in column])
             for column in zip(*self.results, strict=True)
         ]
-        loss, samples, grad_norm, applied = torch.stack(columns).tolist()  # waits for the device
+        read = torch.stack(columns).tolist()  # waits for the device
         seconds = time.perf_counter() - self.started
+        loss, samples, grad_norm, applied, _ = read
         self.skipped_steps += int(len(applied) - sum(applied))
+        self.read_steps = [
+            StepFacts(total / max(count, 1.0), int(count), norm, bool(moved), bool(spike))
+            for total, count, norm, moved, spike in zip(*read, strict=True)
+        ]
         self._reset()
         return {
             "loss": sum(loss) / max(sum(samples), 1.0),

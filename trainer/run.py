@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import checkpoint, sharded_checkpoint
 from .adapter_files import loading, save_adapter
 from .adapters import evaluating
+from .audit import AUDIT_FILE, Audit, rows_of_step
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -25,9 +27,11 @@ from .job import Job
 from .log import RunLog
 from .meter import Meter
 from .optim import schedule
+from .output_lock import OutputLock
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
 from .sample import build_pipeline
+from .saver import Save, Saver
 from .settings import flat
 from .step import Rates
 from .validate import Validator, newest_picture
@@ -57,10 +61,23 @@ def train(
 
     Raises: UsageError, on all ranks alike.
     """
-    with world.together():
-        plan = make_plan(config, world)
-        if plan.config.output.push_to_hub and world.is_main:
-            check_push(plan.config.output)
+    with OutputLock(Path(config.output.output_dir)) as lock:
+        locks = world.is_main and not dry_run
+        with world.together():
+            if locks:
+                lock.take_if_there()
+            plan = make_plan(config, world)
+            if plan.config.output.push_to_hub and world.is_main:
+                check_push(plan.config.output)
+            if locks:
+                lock.take()
+        return _train(plan, world, command, stop_requested, dry_run=dry_run)
+
+
+def _train(
+    plan: Plan, world: World, command: str, stop_requested: Callable[[], bool], *, dry_run: bool
+) -> bool:
+    """As `train`, in a folder that no other run works in."""
     world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
     if plan.config.precision.sharding == "hsdp":
         cure = "give each as many, or take --sharding fsdp"
@@ -97,6 +114,8 @@ class Run:
             self.job.load_tensors(sharded_checkpoint.read(plan.resume, self.job.shards))
             self.job.loss_scale.scale.fill_(state["loss_scale"])
             self.job.loss_scale.good_steps.fill_(state["good_steps"])
+            self.job.guard.usual.fill_(state.get("usual_loss", 0.0))  # older ones have none
+            self.job.guard.steps.fill_(state.get("usual_steps", 0))
 
     # The loop.
 
@@ -119,18 +138,24 @@ class Run:
         job = self.job
         update = job.update()
         validator = self._validator()
-        log = self._open_log()
+        with world.together():
+            log = self._open_log()
+            audit = self._audit(log)
         for line in job.fused:
             log.note(line)
         if self.step == plan.total_steps:
             log.note("all steps were done before; the pipeline is written again")
-        meter = Meter(world.device)
+        meter, saver = Meter(world.device), Saver(world, job.shards, log)
         windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
-                    self.save()
+                    if meter.results:  # of steps that no line of the log will tell of
+                        meter.read()
+                        audit.look(self.step, meter.read_steps)
+                    self.save(saver)
+                    saver.finish()
                     if verdict is Verdict.BAD_SAMPLE:
                         raise UsageError(f"{messages[0]}; --on_bad_sample skip goes on without it")
                     log.note(f"stopped after step {self.step}; the same command goes on from here")
@@ -147,6 +172,11 @@ class Run:
                     values = meter.read() | {"lr": lr, "epoch": self.step / plan.steps_per_epoch}
                     log.scalars(self.step, values)
                     log.progress(self.step, values)
+                    saver.tell(self.step)
+                    if reason := audit.look(self.step, meter.read_steps):
+                        self.save(saver)
+                        saver.finish()
+                        raise UsageError(reason)
                 shows = validator is not None and validator.due(self.step, plan.total_steps)
                 saves = self.step % output.checkpointing_steps == 0 or last
                 every = output.ema_snapshot_steps or output.checkpointing_steps
@@ -157,43 +187,39 @@ class Run:
                     if validator is not None and shows:
                         with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
-                    if keeps:  # before the checkpoint, from which a run does not come back to it
-                        self.save_snapshot()
-                    if saves:
-                        self.save()
+                    if saves or keeps:
+                        self.save(saver, whole=saves, averages=keeps)
+            saver.wait()
             what = "pipeline" if job.adapter is None else "adapter"
             log.note(f"trained to step {self.step}: writing the {what} to {plan.output}")
             self.export(newest_picture(self.pictures, self.step))
+            saver.finish()  # only now: if the last state could not be kept, its pipeline still is
             log.note(f"done: {plan.output}")
             return True
         finally:
             if isinstance(update, Captured):
                 update.close()
+            saver.close()
+            audit.close()
             log.close()
 
     # Checkpoints and export.
 
-    def save(self) -> None:
-        """Writes the checkpoint of this step; all ranks wait for it."""
-        root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
-        if self.job.shards is not None:
-            made = self._state()
-            sharded_checkpoint.save(root, self.step, made, keep, self.job.shards, self.world)
+    def save(self, saver: Saver, *, whole: bool = True, averages: bool = False) -> None:
+        """Has the checkpoint of this step written, and the averages of --post_hoc_ema."""
+        if not saver.writes:
             return
-        with self.world.together():
-            if self.world.is_main:
-                checkpoint.save(root, self.step, self._state(), keep)
-
-    def save_snapshot(self) -> None:
-        """Writes the averages of --post_hoc_ema; all ranks wait for it."""
-        with self.world.together():
-            if self.world.is_main:
-                state = {"step": self.step, "lengths": list(self.job.kept)}
-                kept = Checkpoint(self.job.snapshot(), state)
-                checkpoint.save(self.plan.output / SNAPSHOTS, self.step, kept, keep=None)
+        saves, root = [], self.plan.output
+        if averages:  # before the checkpoint, from which a run does not come back to it
+            state = {"step": self.step, "lengths": list(self.job.kept)}
+            saves.append(Save(root / SNAPSHOTS, Checkpoint(self.job.snapshot(), state), keep=None))
+        if whole:
+            keep = self.plan.config.output.checkpoints_total_limit
+            saves.append(Save(root, self._state(), keep))
+        saver.save(self.step, saves)
 
     def _state(self) -> Checkpoint:
-        scale = self.job.loss_scale
+        scale, guard = self.job.loss_scale, self.job.guard
         return Checkpoint(
             self.job.tensors(),
             {
@@ -202,6 +228,8 @@ class Run:
                 "global_batch": self.plan.global_batch,
                 "loss_scale": scale.scale.item(),
                 "good_steps": scale.good_steps.item(),
+                "usual_loss": guard.usual.item(),
+                "usual_steps": guard.steps.item(),
                 "settings": flat(self.plan.config),
                 "versions": self._versions(),
             },
@@ -282,6 +310,11 @@ class Run:
         if steps is None and section.validation_epochs == 1:
             steps = self.plan.described.family.validation_steps
         return steps or section.validation_epochs * self.plan.steps_per_epoch
+
+    def _audit(self, log: RunLog) -> Audit:
+        path = self.plan.output / AUDIT_FILE if self.world.is_main else None
+        rows_of = partial(rows_of_step, self.job.pairs.order, self.plan.global_batch)
+        return Audit(path, self.step, rows_of, log, self.plan.config.loop.max_skips)
 
     def _open_log(self) -> RunLog:
         if not self.world.is_main:

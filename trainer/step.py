@@ -17,6 +17,8 @@ from .world import World
 
 GROWTH_STEPS = 2000  # good steps before the loss scale doubles, as in torch.amp.GradScaler
 MAX_SCALE = 2.0**24
+USUAL_STEPS = 100  # over which the usual loss is a mean
+KNOWN_STEPS = 20  # before a loss is held against it
 
 
 class Rates(NamedTuple):
@@ -37,7 +39,8 @@ class StepResult(NamedTuple):
     loss: Tensor  # [] fp32, summed over the window's samples and all ranks
     samples: Tensor  # [] fp32, how many samples that were
     grad_norm: Tensor  # [] fp32, of the mean gradient over all ranks, before clipping
-    applied: Tensor  # [] bool, False: the gradient was not finite, nothing moved
+    applied: Tensor  # [] bool, False: nothing moved; not finite, a spike, or no sample
+    spike: Tensor  # [] bool, the loss was far above the usual one
 
 
 class LossScale:
@@ -64,6 +67,40 @@ class LossScale:
         self.good_steps.copy_(torch.where(grows, 0, good_steps))
 
 
+class SpikeGuard:
+    """Whether a loss is far above the usual one, its mean over about 100 steps; on the device.
+
+    A spike counts as the highest loss that is none: one does not hide the next, but a loss that
+    stays high becomes the usual one.
+
+    Args:
+        factor: a loss above so many times the usual one is a spike.
+        skips: whether a step of such a loss moves nothing.
+    """
+
+    def __init__(self, factor: float, skips: bool, device: torch.device) -> None:
+        self.factor, self.skips = factor, skips
+        self.usual = torch.zeros((), device=device)  # fp32, a sample
+        self.steps = torch.zeros((), device=device)  # that it is a mean of, up to USUAL_STEPS
+
+    def look(self, loss: Tensor, counts: Tensor) -> Tensor:
+        """[] bool, whether this is a spike.
+
+        Args:
+            loss: [] fp32, a sample.
+            counts: [] bool, whether it is a loss at all: finite, of some sample.
+        """
+        highest = self.factor * self.usual
+        known = self.steps >= KNOWN_STEPS
+        spike = counts & known & (loss > highest)
+        seen = torch.where(known, torch.minimum(loss, highest), loss)
+        # In place: a CUDA graph finds them where they were.
+        self.steps.copy_(torch.where(counts, (self.steps + 1).clamp(max=USUAL_STEPS), self.steps))
+        moved = self.usual + (seen - self.usual) / self.steps.clamp(min=1)
+        self.usual.copy_(torch.where(counts, moved, self.usual))
+        return spike
+
+
 def train_step(
     model: nn.Module,
     loss_fn: Callable[[nn.Module, Samples], Tensor],
@@ -75,6 +112,7 @@ def train_step(
     *,
     slots: int,
     max_grad_norm: float,
+    guard: SpikeGuard | None = None,
 ) -> StepResult:
     """Accumulates over the micro-batches, all-reduces once, clips and updates.
 
@@ -88,6 +126,7 @@ def train_step(
         micro_batches: this rank's share of the window.
         slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
         max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
+        guard: looks at the loss, and may have its step move nothing.
     """
     optimizer.zero_grad()
     totals = torch.zeros(2, device=world.device)  # loss and samples
@@ -103,12 +142,15 @@ def train_step(
     # DDP, or FSDP2, has divided by the ranks; the mean is over the samples of the window.
     mean_factor = world.size * slots / (count.clamp(min=1.0) * loss_scale.scale)
     grad_norm = optimizer.grad_norm() * mean_factor
-    finite = torch.isfinite(grad_norm)
-    applied = finite & (count > 0)
+    finite = torch.isfinite(grad_norm) & torch.isfinite(loss)  # of all ranks, and alike on them
+    applied, spike = finite & (count > 0), torch.zeros_like(finite)
+    if guard is not None:
+        spike = guard.look(loss / count.clamp(min=1.0), applied)
+        applied = applied & ~spike if guard.skips else applied
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
     optimizer.update(rates.lr, rates.ema_weights, mean_factor * clip, applied)
     loss_scale.update(finite)
-    return StepResult(loss, count, grad_norm, applied)
+    return StepResult(loss, count, grad_norm, applied, spike)
 
 
 def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW) -> None:

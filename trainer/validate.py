@@ -19,6 +19,7 @@ from .draws import Purpose, draw_normal
 from .ema import Ema
 from .encoders import Encoders
 from .errors import UsageError
+from .files import beside, cannot_write, put_in_place
 from .log import RunLog
 from .loss import HELD_OUT, EditLoss
 from .sample import edit_images, grid
@@ -93,8 +94,9 @@ class Validator:
                 log.scalars(step, self._held_out_losses())
             if self.pictures:
                 edited = self._sample()
-                if self.world.is_main:
-                    self._show(step, edited, log)
+                with self.world.together():
+                    if self.world.is_main:
+                        self._show(step, edited, log)
 
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
@@ -142,8 +144,13 @@ class Validator:
     def _show(self, step: int, edited: list[Image.Image], log: RunLog) -> None:
         rows = [(p.original, e, p.truth) for p, e in zip(self.pictures, edited, strict=True)]
         sheet = grid(rows, [p.instruction for p in self.pictures], ("input", "edit", "truth"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sheet.save(grid_path(self.folder, step))
+        path = grid_path(self.folder, step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(beside(path), "PNG")
+            put_in_place(beside(path), path)
+        except OSError as error:
+            raise cannot_write(path, error) from None
         log.image(step, "validation", sheet, f"step {step}")
 
 

@@ -11,6 +11,7 @@ from fusedit.benchmarks import checkpoint, harness
 
 CPU = torch.device("cpu")
 DIRECTIONS = [
+    "hold/ours",
     *(f"save/{by}" for by in ("ours", "copy", "torch.save", "torch.save, synced")),
     "find/ours",
     "load/ours",
@@ -35,7 +36,8 @@ def test_every_direction_is_timed(measure, tmp_path, capsys):
     code, rows = measure("--size", "demo")
     assert code == 0
     assert [row["name"].split("/fp32/")[1] for row in rows] == DIRECTIONS
-    save, copy, _, synced = rows[:4]
+    hold, save, copy, _, synced = rows[:5]
+    assert hold["timings"]["warm"]["low_ms"] < save["timings"]["warm"]["low_ms"]
     state = checkpoint.STATE_BYTES * save["labels"]["shape"]  # beside names and counts
     for row in rows:
         assert row["timings"]["warm"]["runs"] == 2
@@ -44,13 +46,13 @@ def test_every_direction_is_timed(measure, tmp_path, capsys):
         assert row["values"]["bytes_per_s"] == pytest.approx(row["values"]["bytes"] / seconds)
     share = copy["timings"]["warm"]["median_ms"] / save["timings"]["warm"]["median_ms"]
     assert save["values"]["of_copy"] == pytest.approx(share)
-    assert synced["timings"]["warm"]["low_ms"] > rows[2]["timings"]["warm"]["low_ms"]
+    assert synced["timings"]["warm"]["low_ms"] > rows[3]["timings"]["warm"]["low_ms"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     told = capsys.readouterr().out
     assert told == (tmp_path / "out" / "checkpoint.md").read_text() + "\n"
     lines = [line for line in told.splitlines() if line.startswith("| demo | ")]
     assert [line.count("30.5 MB |") for line in lines] == [1] * len(DIRECTIONS)
-    assert lines[0].endswith(f" | {share:.0%} |")
+    assert lines[1].endswith(f" | {share:.0%} |")
 
 
 def test_what_is_written_beside_is_as_long_and_the_older_one_goes(tmp_path, monkeypatch):

@@ -380,12 +380,12 @@ def test_no_space_left(here, capfd, monkeypatch):
 
 
 def test_no_space_left_for_anything_else(here, capfd, monkeypatch):
-    def full(image, path):
+    def full(image, path, form):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Image.Image, "save", full)
     line = _mistake(capfd, _flags(held_out=2, validation_inference_steps=1))
-    assert "step-000002.png cannot be written: No space left on device" in line
+    assert "step-000002.png: no space is left on the disk" in line
 
 
 @pytest.mark.parametrize("by", ["fusedit", "torchrun's variables"])

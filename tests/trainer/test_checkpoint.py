@@ -52,6 +52,81 @@ def test_names_that_only_look_like_checkpoints_are_left_alone(tmp_path):
     assert len(_names(tmp_path)) == 5
 
 
+def test_all_broken_ones_are_named_and_none_is_deleted(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        _save(tmp_path, step)
+    folder = {step: tmp_path / f"checkpoint-{step}" for step in range(1, 8)}
+    data = bytearray((folder[1] / "unet.safetensors").read_bytes())
+    (folder[1] / "unet.safetensors").write_bytes(data[:-3])
+    data[len(data) // 2] ^= 4
+    (folder[2] / "unet.safetensors").write_bytes(data)
+    (folder[3] / "manifest.json").unlink()
+    (folder[4] / "state.json").rename(folder[4] / ".state.json.partial")
+    folder[5].rename(folder[6])  # of another step
+    folder[7].mkdir()  # empty
+    before = sorted(path for path in tmp_path.rglob("*"))
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found is None
+    assert passed_over == [
+        "checkpoint-7 is passed over: manifest.json is missing",
+        "checkpoint-6 is passed over: it is of step 5",
+        "checkpoint-4 is passed over: state.json is missing",
+        "checkpoint-3 is passed over: manifest.json is missing",
+        "checkpoint-2 is passed over: unet.safetensors does not have the hash it was written with",
+        f"checkpoint-1 is passed over: unet.safetensors has {len(data) - 3} bytes, not {len(data)}",
+    ]
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    checkpoint.set_aside_later(tmp_path, 0)
+    assert len(list(tmp_path.rglob("*"))) == len(before)
+
+
+@pytest.mark.parametrize("what", ["file", "empty folder", "link to nothing", "link to a folder"])
+def test_what_only_looks_like_the_new_one_is_set_aside(tmp_path, what):
+    root, other = tmp_path / "run", tmp_path / "other"
+    _save(root, 5)
+    other.mkdir()
+    (other / "theirs").write_text("kept")
+    final = root / "checkpoint-7"
+    if what == "file":
+        final.write_text("kept")
+    elif what == "empty folder":
+        final.mkdir()
+    else:
+        final.symlink_to(other if what == "link to a folder" else tmp_path / "nowhere")
+    assert checkpoint.newest(root)[0] == root / "checkpoint-5"
+    assert _save(root, 7, keep=1) == final
+    assert checkpoint.newest(root)[0] == final
+    assert _names(root) == ["checkpoint-7", "checkpoint-7.aside-1"]
+    assert (other / "theirs").read_text() == "kept"
+
+
+def test_a_checkpoint_on_another_disk_is_used_and_only_its_link_goes(tmp_path):
+    root, other = tmp_path / "run", tmp_path / "other"
+    _save(other, 5)
+    root.mkdir()
+    (root / "checkpoint-5").symlink_to(other / "checkpoint-5")
+    assert checkpoint.newest(root)[0] == root / "checkpoint-5"
+    _save(root, 6, keep=1)
+    assert _names(root) == ["checkpoint-6"]
+    assert checkpoint.broken(other / "checkpoint-5") is None
+
+
+@pytest.mark.parametrize("name", ["checkpoint-007", "checkpoint-٣", "checkpoint--1"])
+def test_a_number_is_written_in_one_way(tmp_path, name):
+    _save(tmp_path, 5)
+    (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path) == (tmp_path / "checkpoint-5", [])
+    checkpoint.set_aside_later(tmp_path, 0)
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_manifest_that_lists_nothing_is_no_checkpoint(tmp_path):
+    folder = _save(tmp_path, 1)
+    (folder / "manifest.json").write_text('{"format": 1, "step": 1, "files": {}}')
+    (folder / "state.json").unlink()
+    assert checkpoint.broken(folder) == "manifest.json does not list state.json"
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "state"])
 def test_damage_is_found(tmp_path, damage):
     folder = _save(tmp_path, 1)

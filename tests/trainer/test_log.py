@@ -10,7 +10,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.log import LOG_FILE, RunLog, drop_lines_after, memory_gib
+from fusedit.trainer.log import (
+    LOG_FILE,
+    Lines,
+    RunLog,
+    drop_lines_after,
+    memory_gib,
+    parts_of,
+    read_lines,
+)
 from fusedit.trainer.trackers import check_trackers, open_tracker
 
 VALUES = {"loss": 0.5, "lr": 1e-4, "grad_norm": 0.25, "images_per_second": 8.0, "memory_gib": 1.5}
@@ -55,6 +63,63 @@ def test_a_run_from_the_start_begins_an_empty_log(tmp_path):
     (tmp_path / LOG_FILE).write_text('{"step": 0}\n{"step": 10}\n')
     drop_lines_after(tmp_path / LOG_FILE, 0)
     assert (tmp_path / LOG_FILE).read_text() == ""
+
+
+def test_a_long_log_goes_on_in_another_file_and_reads_as_one(tmp_path):
+    path = tmp_path / LOG_FILE
+    (tmp_path / "log-book.jsonl").write_text("mine")
+    log = Lines(path, 0, part_bytes=100)
+    for step in range(1, 41):
+        assert not log.add({"step": step, "loss": 0.5})
+    log.close()
+    parts = [part.name for part in parts_of(path)]
+    assert parts[:2] == ["log-1.jsonl", "log-2.jsonl"]
+    assert len(parts) >= 11  # in the order of numbers, not of letters
+    assert parts[-1] == LOG_FILE
+    assert all(part.stat().st_size <= 130 for part in parts_of(path))
+    assert [line["step"] for line in read_lines(path)] == [*range(1, 41)]
+    log = Lines(path, 17, part_bytes=100)  # a run that goes on from step 17
+    log.add({"step": 18})
+    log.close()
+    assert [line["step"] for line in read_lines(path)] == [*range(1, 19)]
+    Lines(path, 0).close()
+    assert parts_of(path) == [path]
+    assert read_lines(path) == []
+    assert (tmp_path / "log-book.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("taken", [0, 7])
+def test_a_full_disk_leaves_no_half_line_and_its_lines_wait(tmp_path, taken):
+    log = Lines(tmp_path / LOG_FILE, 0)
+    log.add({"step": 1})
+    file = log._file
+
+    class Full:
+        fileno = staticmethod(file.fileno)
+
+        def write(self, data):
+            if not taken:
+                raise OSError(28, "No space left on device")
+            return file.write(data[:taken])
+
+    log._file = Full()
+    for step in (2, 3):
+        assert "cannot be written: No space left" in log.add({"step": step})
+    assert [line["step"] for line in read_lines(tmp_path / LOG_FILE)] == [1]
+    assert (tmp_path / LOG_FILE).read_text().endswith("}\n")
+    log._file = file
+    assert not log.add({"step": 4})
+    log.close()
+    assert [line["step"] for line in read_lines(tmp_path / LOG_FILE)] == [1, 2, 3, 4]
+
+
+def test_an_event_is_printed_and_kept(tmp_path, capsys):
+    log = start(tmp_path)
+    log.event(3, "save failed", "WARNING: not saved")
+    log.close()
+    assert capsys.readouterr().err == "WARNING: not saved\n"
+    [line] = lines(tmp_path)
+    assert (line["step"], line["event"], line["told"]) == (3, "save failed", "WARNING: not saved")
 
 
 def test_lines_of_progress_without_a_terminal(tmp_path, capsys):

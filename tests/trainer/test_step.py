@@ -14,7 +14,14 @@ from fusedit.trainer.encoders import Samples
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.optim import AdamW, OnePass, make_optimizer, schedule
 from fusedit.trainer.power_ema import PowerEma
-from fusedit.trainer.step import GROWTH_STEPS, LossScale, Rates, train_step
+from fusedit.trainer.step import (
+    GROWTH_STEPS,
+    KNOWN_STEPS,
+    LossScale,
+    Rates,
+    SpikeGuard,
+    train_step,
+)
 from fusedit.trainer.world import World
 
 INF = float("inf")
@@ -54,13 +61,15 @@ class _Job:
         self.ema = Ema(named, 0.999)
         self.optimizer = make_optimizer(named, OptimConfig(**section), self.ema, fused=self.fused)
         self.scale = LossScale(fp16, torch.device("cpu"))
+        self.guard: SpikeGuard | None = None
+        self.loss = _loss
         self.number, self.lr = 0, lr
 
     def step(self, *micro_batches, max_grad_norm=INF):
         self.number += 1
         return train_step(
             self.model,
-            _loss,
+            self.loss,
             self.optimizer,
             self.scale,
             World(),
@@ -68,6 +77,7 @@ class _Job:
             Rates.on(torch.device("cpu"), self.lr, self.ema.weight(self.number)),
             slots=8,
             max_grad_norm=max_grad_norm,
+            guard=self.guard,
         )
 
     def weights(self):
@@ -135,6 +145,59 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad):
         assert torch.equal(value, averages[name])
     data[0, 0] = 0.0
     assert job.step(_samples(data)).applied
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is():
+    job, data = _Job(), torch.randn(4, 3)
+    job.step(_samples(data))
+    before = job.weights()
+    job.loss = lambda model, samples: _loss(model, samples) + INF
+    assert not job.step(_samples(data)).applied
+    assert torch.equal(job.weights(), before)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_huge_gradients_leave_every_number_finite(size, moments):
+    """Squares that overflow make the norm infinite; below that nothing of the moments overflows."""
+    job = _Job(adam_moments_dtype=moments)
+    for _ in range(3):
+        job.step(_samples(torch.full((4, 3), size)))
+    everything = [job.weights(), *job.optimizer.state().values(), *job.ema.averages.values()]
+    assert all(value.isfinite().all() for value in everything)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_spike_is_seen_and_skipped_if_asked_to(skips):
+    job = _Job(lr=0.0)
+    job.guard = SpikeGuard(5.0, skips, torch.device("cpu"))
+    quiet, loud = torch.zeros(4, 3), torch.full((4, 3), 50.0)
+    assert not job.step(_samples(loud)).spike  # nothing is usual yet
+    for _ in range(KNOWN_STEPS * 10):
+        job.step(_samples(quiet))
+    before, job.lr = job.weights(), 0.1
+    result = job.step(_samples(loud))
+    assert result.spike
+    assert bool(result.applied) is not skips
+    assert torch.equal(job.weights(), before) is skips
+    assert not job.step(_samples(quiet, [0.0] * 4)).spike  # no loss at all
+
+
+def test_the_usual_loss_is_a_mean_that_a_spike_moves_little():
+    guard = SpikeGuard(10.0, False, torch.device("cpu"))
+    yes, no = torch.tensor(True), torch.tensor(False)
+    losses = torch.rand(50)
+    for loss in losses:
+        assert not guard.look(loss, yes)
+    torch.testing.assert_close(guard.usual, losses.mean())
+    usual = guard.usual.item()
+    guard.look(torch.tensor(float("nan")), no)
+    assert guard.usual == usual
+    assert guard.look(torch.tensor(1e30), yes)
+    assert guard.usual.item() == pytest.approx(usual * (1 + 9 / 51))
+    spikes = [bool(guard.look(torch.tensor(40 * usual), yes)) for _ in range(100)]
+    assert spikes[0]
+    assert not spikes[-1]  # what stays high is the usual one by now
 
 
 def test_a_window_without_a_sample_moves_nothing():
