@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 GRACE_S = 10
 
@@ -23,6 +25,8 @@ class Ranks:
         log: file that all ranks' output goes to.
         threads: of each rank; fixed, for sums depend on it.
         local_size: ranks of a machine; None: all are on one.
+        absent: ranks that never start.
+        own_flags: of a rank, behind those of all.
     """
 
     def __init__(
@@ -32,15 +36,27 @@ class Ranks:
         log: Path,
         threads: int = 1,
         local_size: int | None = None,
+        absent: Container[int] = (),
+        own_flags: Mapping[int, list[str]] = MappingProxyType({}),
     ) -> None:
         self.log = log
         port = free_port()
         local_size = local_size or size
         self.processes = [
             _context.Process(
-                target=_rank, args=(rank, size, local_size, port, flags, str(log), threads)
+                target=_rank,
+                args=(
+                    rank,
+                    size,
+                    local_size,
+                    port,
+                    [*flags, *own_flags.get(rank, [])],
+                    str(log),
+                    threads,
+                ),
             )
             for rank in range(size)
+            if rank not in absent
         ]
         for process in self.processes:
             process.start()

@@ -21,12 +21,15 @@ MAY_IMPORT = {  # folder -> folders it imports from, beside itself
 INSTALLED = (*MAY_IMPORT, "fusedit")
 # Each module of trainer imports only those before it.
 TRAINER = [
-    "errors", "files", "config", "settings", "world", "draws", "images", "rows", "buckets", "data",
+    "errors", "files", "signals",
+    "watch",
+    "config", "settings", "world", "draws", "images", "rows", "buckets", "data",
     "windows", "families", "encoders", "diffusion", "conditioning", "loss", "masters", "adapters",
     "recompute", "sharding", "unet", "compiled", "pretrained", "ema", "power_ema", "optim", "step",
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
     "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "adapter_files",
-    "post_hoc", "validate", "evaluate", "plan", "exporting", "caching", "gpus", "blank", "counting",
+    "post_hoc", "validate", "evaluate", "plan", "alike",
+    "exporting", "caching", "gpus", "blank", "counting",
     "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -330,6 +330,7 @@ class LoopConfig:
     num_train_epochs: int = 100  # passes over the data, unless --max_train_steps is given
     max_train_steps: int | None = None  # optimizer steps; overrides --num_train_epochs
     bucket_mb: int = 100  # ours: MB of gradients that ranks exchange at once, beside the backward
+    timeout_s: float = 1800.0  # ours: how long ranks wait for each other before the run ends
     seed: int = 0  # every draw is a function of it and of the sample's position
 
     def __post_init__(self) -> None:
@@ -338,6 +339,7 @@ class LoopConfig:
         _at_least("num_train_epochs", self.num_train_epochs, 1)
         _at_least("max_train_steps", self.max_train_steps, 1)
         _at_least("bucket_mb", self.bucket_mb, 1)
+        _at_least("timeout_s", self.timeout_s, 1)
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed must be from 0 to 2**64 - 1, got {self.seed}")
 

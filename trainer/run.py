@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checkpoint, sharded_checkpoint
 from .adapter_files import loading, save_adapter
 from .adapters import evaluating
+from .alike import check_alike
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -61,7 +62,7 @@ def train(
         plan = make_plan(config, world)
         if plan.config.output.push_to_hub and world.is_main:
             check_push(plan.config.output)
-    world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    check_alike(plan, world)
     if plan.config.precision.sharding == "hsdp":
         cure = "give each as many, or take --sharding fsdp"
         world.check_same({"numbers of ranks of their machine": world.local_size}, cure)
@@ -128,6 +129,7 @@ class Run:
         windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
+                world.doing(f"reading step {self.step + 1}")
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
                     self.save()
@@ -137,6 +139,7 @@ class Run:
                     return False
                 for message in messages:
                     log.note(f"skipped: {message}")
+                world.doing(f"training step {self.step + 1}")
                 lr = lr_at(self.step)
                 rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
                 result = update(job.samples(window), rates)
@@ -155,6 +158,7 @@ class Run:
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
+                        world.doing(f"validating after step {self.step}")
                         with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
                     if keeps:  # before the checkpoint, from which a run does not come back to it
@@ -175,6 +179,7 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint of this step; all ranks wait for it."""
+        self.world.doing(f"saving step {self.step}")
         root, keep = self.plan.output, self.plan.config.output.checkpoints_total_limit
         if self.job.shards is not None:
             made = self._state()
@@ -202,7 +207,7 @@ class Run:
                 "global_batch": self.plan.global_batch,
                 "loss_scale": scale.scale.item(),
                 "good_steps": scale.good_steps.item(),
-                "settings": flat(self.plan.config),
+                "settings": flat(self.plan.asked),
                 "versions": self._versions(),
             },
         )
@@ -214,6 +219,7 @@ class Run:
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
+        self.world.doing("exporting")
         with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
                 self._export(unet, raw_weights, picture)
