@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after the step; a second ends the process.
+    """The first of STOP_SIGNALS asks the loop to stop after the step; a second ends the process.
 
     A scheduler tells a whole process group, and torchrun tells it again: what comes within
     SAME_REQUEST_S is the same request, unless it is Ctrl-C. Until the loop first asks there is
@@ -39,6 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked_at: float | None = None
         self.heard: socket.socket | None = None
+        self.before: dict[int, Any] = {}  # handlers
 
     def requested(self) -> bool:
         """Whether the loop shall stop."""
@@ -51,6 +53,8 @@ class StopSignals:
         if self.heard is not None:
             signal.set_wakeup_fd(-1)
             self.heard.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _listen(self) -> None:
         """A thread hears them: Python's own handlers wait while a collective does."""
@@ -58,7 +62,8 @@ class StopSignals:
         self.heard.setblocking(False)
         signal.set_wakeup_fd(self.heard.fileno())
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: None)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self.before[number] = signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._hear, args=(listener,), daemon=True).start()
 
     def _hear(self, listener: socket.socket) -> None:

@@ -4,6 +4,7 @@ A server process imports everything once and is forked for each rank.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
@@ -27,6 +28,7 @@ class Ranks:
         local_size: ranks of a machine; None: all are on one.
         absent: ranks that never start.
         own_flags: of a rank, behind those of all.
+        module: of fusedit.launch.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Ranks:
         local_size: int | None = None,
         absent: Container[int] = (),
         own_flags: Mapping[int, list[str]] = MappingProxyType({}),
+        module: str = "train",
     ) -> None:
         self.log = log
         port = free_port()
@@ -53,6 +56,7 @@ class Ranks:
                     [*flags, *own_flags.get(rank, [])],
                     str(log),
                     threads,
+                    module,
                 ),
             )
             for rank in range(size)
@@ -90,7 +94,14 @@ def run(size: int, flags: list[str], log: Path, local_size: int | None = None) -
 
 
 def _rank(
-    rank: int, size: int, local_size: int, port: int, flags: list[str], log: str, threads: int
+    rank: int,
+    size: int,
+    local_size: int,
+    port: int,
+    flags: list[str],
+    log: str,
+    threads: int,
+    module: str,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -103,8 +114,7 @@ def _rank(
     )
     import torch
 
-    from fusedit.launch import train
-
+    command = importlib.import_module(f"fusedit.launch.{module}")
     # The launcher shares out the cores it may run on.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: threads * size])
     torch.set_num_threads(threads)
@@ -113,7 +123,7 @@ def _rank(
         contextlib.redirect_stderr(file),
         contextlib.redirect_stdout(file),
     ):
-        code = train.main(flags)
+        code = command.main(flags)
         sys.stderr.flush()
     os._exit(code)
 

@@ -29,7 +29,7 @@ TRAINER = [
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
     "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "adapter_files",
     "post_hoc", "validate", "evaluate", "plan", "alike",
-    "exporting", "caching", "gpus", "blank", "counting",
+    "exporting", "caching", "checkup", "gpus", "blank", "counting",
     "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

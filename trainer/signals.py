@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-# A scheduler's, Ctrl-C, and the warning of Slurm's --signal.
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+# A scheduler's, Ctrl-C, the warning of Slurm's --signal, and the end of a terminal.
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
 
 
 @contextmanager

@@ -154,11 +154,7 @@ class Watch:
 
     def _tell_whom_it_waits_for(self, waited: float) -> None:
         beats = self._read()
-        others = [
-            f"rank {rank} ({beat.doing} for {beat.for_s:.0f} s)"
-            for rank, beat in beats.items()
-            if not beat.waits
-        ]
+        others = [f"rank {rank} ({beat.doing})" for rank, beat in beats.items() if not beat.waits]
         if others and self.rank == min(rank for rank, beat in beats.items() if beat.waits):
             _say(f"rank {self.rank} has waited {waited:.0f} s for {', '.join(others)}")
 
