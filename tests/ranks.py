@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,6 +29,7 @@ class Ranks:
         absent: ranks that never start.
         own_flags: of a rank, behind those of all.
         module: of fusedit.launch.
+        hosts: a network namespace for each rank, of `two_hosts`; None: this machine's network.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Ranks:
         absent: Container[int] = (),
         own_flags: Mapping[int, list[str]] = MappingProxyType({}),
         module: str = "train",
+        hosts: Sequence[str] | None = None,
     ) -> None:
         self.log = log
         port = free_port()
@@ -57,6 +59,7 @@ class Ranks:
                     str(log),
                     threads,
                     module,
+                    hosts and hosts[rank],
                 ),
             )
             for rank in range(size)
@@ -102,6 +105,7 @@ def _rank(
     log: str,
     threads: int,
     module: str,
+    host: str | None,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -112,6 +116,12 @@ def _rank(
         MASTER_PORT=str(port),
         HF_HUB_OFFLINE="1",
     )
+    if host is not None:
+        from hosts import ADDRESSES, NAME
+        from relay import enter
+
+        enter(host)
+        os.environ.update(MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME=NAME)
     import torch
 
     command = importlib.import_module(f"fusedit.launch.{module}")

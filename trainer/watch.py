@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from .errors import RanksLost, UsageError
 
 # What PyTorch's messages have in common when the other side is gone or late.
 OF_LOST_RANKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")
+ANSWER_S = 5.0  # in which the store answers, or counts as gone
 BEATS = 4  # that a rank must miss to count as silent
 LOST = "lost the others"
 
@@ -171,16 +173,28 @@ class Watch:
     # The store.
 
     def _beat(self) -> None:
-        with self.lock:
+        with self._held():
             self.number += 1
             for_s = time.monotonic() - self.since
             beat = Beat(self.number, self.doing_now, for_s, self.waits, self.ended)
             self.store.set(self._key(self.rank), json.dumps(beat))
 
     def _read(self) -> dict[int, Beat]:
-        with self.lock:
-            texts = self.store.multi_get([self._key(rank) for rank in range(self.size)])
+        keys = [self._key(rank) for rank in range(self.size)]
+        with self._held():
+            self.store.wait(keys, timedelta(seconds=ANSWER_S))  # which reading them alone would not
+            texts = self.store.multi_get(keys)
         return {rank: Beat(*json.loads(text)) for rank, text in enumerate(texts)}
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The connection, which the thread may be waiting on."""
+        if not self.lock.acquire(timeout=2 * ANSWER_S):
+            raise dist.DistStoreError("the store does not answer")
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def _key(self, rank: int) -> str:
         return f"watch/{rank}"
