@@ -182,6 +182,7 @@ class Filling:
             self.cache.unlock()
 
     def _fill(self, stop_requested: Callable[[], bool]) -> bool:
+        self.world.doing("encoding a shard of the cache")
         with self.world.together():
             if self.world.is_main:
                 self.cache.clean()

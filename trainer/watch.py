@@ -74,10 +74,10 @@ class Watch:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Inside, this rank is ready and waits for the others."""
-        what, since = self.doing_now, self.since
+        what = self.doing_now
         self.doing_now, self.since, self.waits = f"waiting after {what}", time.monotonic(), True
         yield
-        self.doing_now, self.since, self.waits = what, since, False
+        self.doing_now, self.since, self.waits = what, time.monotonic(), False
 
     # The rank's end, whatever it is.
 
@@ -103,10 +103,11 @@ class Watch:
             if lost:
                 raise self._who_is_lost() from None
         except dist.DistError:
-            raise RanksLost(
-                f"rank {self.rank} lost the others while {self.doing_now}, and cannot ask for "
-                "them: the machine of rank 0 is gone, or the network to it"
-            ) from None
+            if lost:
+                raise RanksLost(
+                    f"rank {self.rank} lost the others while {self.doing_now}, and cannot ask for "
+                    "them: the machine of rank 0 is gone, or the network to it"
+                ) from None
         finally:
             self.stop()
 
@@ -116,7 +117,7 @@ class Watch:
         time.sleep(BEATS * self.every_s)
         last = self._read()
         if self.rank == 0:  # perhaps the store is this process's, and the others want to ask
-            threading.Event().wait(2 * self.every_s)
+            time.sleep(2 * self.every_s)
         silent = [rank for rank in last if last[rank].number == first[rank].number]
         left = [rank for rank in last if rank not in silent and last[rank].ended in ("", LOST)]
         told = [
