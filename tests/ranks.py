@@ -4,11 +4,14 @@ A server process imports everything once and is forked for each rank.
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 GRACE_S = 10
 
@@ -23,6 +26,10 @@ class Ranks:
         log: file that all ranks' output goes to.
         threads: of each rank; fixed, for sums depend on it.
         local_size: ranks of a machine; None: all are on one.
+        absent: ranks that never start.
+        own_flags: of a rank, behind those of all.
+        module: of fusedit.launch.
+        hosts: a network namespace for each rank, of `two_hosts`; None: this machine's network.
     """
 
     def __init__(
@@ -32,15 +39,31 @@ class Ranks:
         log: Path,
         threads: int = 1,
         local_size: int | None = None,
+        absent: Container[int] = (),
+        own_flags: Mapping[int, list[str]] = MappingProxyType({}),
+        module: str = "train",
+        hosts: Sequence[str] | None = None,
     ) -> None:
         self.log = log
         port = free_port()
         local_size = local_size or size
         self.processes = [
             _context.Process(
-                target=_rank, args=(rank, size, local_size, port, flags, str(log), threads)
+                target=_rank,
+                args=(
+                    rank,
+                    size,
+                    local_size,
+                    port,
+                    [*flags, *own_flags.get(rank, [])],
+                    str(log),
+                    threads,
+                    module,
+                    hosts and hosts[rank],
+                ),
             )
             for rank in range(size)
+            if rank not in absent
         ]
         for process in self.processes:
             process.start()
@@ -74,7 +97,15 @@ def run(size: int, flags: list[str], log: Path, local_size: int | None = None) -
 
 
 def _rank(
-    rank: int, size: int, local_size: int, port: int, flags: list[str], log: str, threads: int
+    rank: int,
+    size: int,
+    local_size: int,
+    port: int,
+    flags: list[str],
+    log: str,
+    threads: int,
+    module: str,
+    host: str | None,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -85,10 +116,15 @@ def _rank(
         MASTER_PORT=str(port),
         HF_HUB_OFFLINE="1",
     )
+    if host is not None:
+        from hosts import ADDRESSES, NAME
+        from relay import enter
+
+        enter(host)
+        os.environ.update(MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME=NAME)
     import torch
 
-    from fusedit.launch import train
-
+    command = importlib.import_module(f"fusedit.launch.{module}")
     # The launcher shares out the cores it may run on.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: threads * size])
     torch.set_num_threads(threads)
@@ -97,7 +133,7 @@ def _rank(
         contextlib.redirect_stderr(file),
         contextlib.redirect_stdout(file),
     ):
-        code = train.main(flags)
+        code = command.main(flags)
         sys.stderr.flush()
     os._exit(code)
 

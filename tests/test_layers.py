@@ -21,13 +21,16 @@ MAY_IMPORT = {  # folder -> folders it imports from, beside itself
 INSTALLED = (*MAY_IMPORT, "fusedit")
 # Each module of trainer imports only those before it.
 TRAINER = [
-    "errors", "files", "config", "settings", "world", "draws", "images", "rows", "buckets", "data",
+    "errors", "files", "signals",
+    "watch",
+    "config", "settings", "world", "draws", "images", "rows", "buckets", "data",
     "windows", "families", "encoders", "diffusion", "conditioning", "loss", "masters", "adapters",
     "recompute", "sharding", "unet", "compiled", "pretrained", "ema", "power_ema", "optim", "step",
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
     "cache_build", "cache", "trackers", "log", "meter", "audit", "saver", "output_lock",
-    "sample", "export", "adapter_files", "post_hoc", "validate", "evaluate", "plan", "exporting",
-    "caching", "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "run",
+    "sample", "export", "adapter_files", "post_hoc", "validate", "evaluate", "plan", "alike",
+    "exporting", "caching", "checkup", "gpus", "blank", "counting",
+    "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {"torch.load", "torch.save", "trust_remote_code", "eval", "exec"}

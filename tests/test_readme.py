@@ -10,7 +10,9 @@ import pytest
 import tyro
 from torch.distributed.run import parse_args as parse_torchrun
 
+from fusedit.launch.cli import OF_TORCHRUN, launcher_flags
 from fusedit.launch.demo.run import DemoFlags
+from fusedit.launch.doctor import own_flags as doctor_flags
 from fusedit.launch.edit import EditFlags
 from fusedit.launch.ema import EmaFlags
 from fusedit.launch.export import ExportFlags
@@ -42,7 +44,8 @@ OTHER_FLAGS |= {
     "updates",
     "warm_up",
 }  # of benchmarks, whose own tests hold them
-OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan
+OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan and doctor
+OTHER_FLAGS |= {*OF_TORCHRUN, "signal", "signals"}  # torchrun's, Slurm's --signal
 
 
 def blocks(language: str) -> list[str]:
@@ -69,12 +72,18 @@ def check_command(words: list[str]) -> None:
             pass
         case ["fusedit", "train" | "cache", *flags]:
             check_train(flags)
+        case ["fusedit", "doctor", *flags]:
+            check_train(doctor_flags(flags)[1])
+        case ["sbatch" | "kubectl" | "bash", *rest] if (ours := launched(rest)) is not None:
+            path, flags = ours
+            assert (ROOT / path).is_file()
+            check_train(launcher_flags(flags)[1]) if flags else None
         case ["fusedit", "plan", "--gpu", gpu, *flags]:
             assert gpu in GPUS
             check_train(flags)
         case ["torchrun", *rest]:
             arguments = parse_torchrun(rest)
-            jobs = ("fusedit.launch.train", "fusedit.launch.cache")
+            jobs = ("fusedit.launch.train", "fusedit.launch.cache", "fusedit.launch.doctor")
             assert arguments.module
             assert arguments.training_script in jobs
             check_train(arguments.training_script_args)
@@ -96,6 +105,18 @@ def check_command(words: list[str]) -> None:
             assert re.fullmatch(r"\w+=[\w./-]+", assignment)
         case _:
             raise ValueError(f"this test knows no command {shlex.join(words)}")
+
+
+def launched(words: list[str]) -> tuple[str, list[str]] | None:
+    """A file for a scheduler, and the flags of the run that follow it."""
+    match words:
+        case ["apply", "-f", path] | [path] if path.startswith("launch/kubernetes/"):
+            return path, []
+        case [path, *flags] if path.startswith("launch/slurm/"):
+            return path, flags
+        case [path, _, *flags] if path.startswith("launch/ssh/"):
+            return path, flags
+    return None
 
 
 def check_train(flags: list[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .alike import check_alike
 from .cache import CachedPairs
 from .cache_build import Build, missing_texts, missing_units, wanted_units
 from .cache_files import CacheFolder, shape_of
@@ -51,7 +52,7 @@ def build_cache(
         plan = make_plan(dataclasses.replace(config, output=output), world)
         if plan.config.data.cache_latents is None:
             raise UsageError("--cache_latents is missing: the folder or URL to write the cache to")
-    world.check_same(plan.facts(), "all machines must see the same dataset")
+    check_alike(plan, world)
     set_numerics(plan.config.precision)
     return open_cache(plan, world, stop_requested, dry_run=dry_run) is not None or dry_run
 
@@ -181,6 +182,7 @@ class Filling:
             self.cache.unlock()
 
     def _fill(self, stop_requested: Callable[[], bool]) -> bool:
+        self.world.doing("encoding a shard of the cache")
         with self.world.together():
             if self.world.is_main:
                 self.cache.clean()

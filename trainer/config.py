@@ -330,6 +330,7 @@ class LoopConfig:
     num_train_epochs: int = 100  # passes over the data, unless --max_train_steps is given
     max_train_steps: int | None = None  # optimizer steps; overrides --num_train_epochs
     bucket_mb: int = 100  # ours: MB of gradients that ranks exchange at once, beside the backward
+    timeout_s: float = 1800.0  # ours: how long ranks wait for each other before the run ends
     seed: int = 0  # every draw is a function of it and of the sample's position
     max_skips: int = 50  # ours: steps in a row that may move nothing, till the run stops
     spike_factor: float = 10.0  # ours: a loss so many times the usual one goes to audit.jsonl
@@ -344,6 +345,7 @@ class LoopConfig:
         _at_least("max_skips", self.max_skips, 1)
         if not self.spike_factor > 1:
             raise UsageError(f"--spike_factor must be above 1, got {self.spike_factor}; inf: never")
+        _at_least("timeout_s", self.timeout_s, 1)
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"--seed must be from 0 to 2**64 - 1, got {self.seed}")
 

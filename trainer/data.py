@@ -4,8 +4,8 @@ A sample is a function of (seed, its position in the run). An epoch is `steps_pe
 steps; its last slots, beyond the rows, are padding: samples of weight 0, so that shapes are static.
 """
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,6 +21,7 @@ from .config import DataConfig
 from .draws import Purpose, draw_uniform, permutation
 from .errors import UsageError
 from .rows import BadSample, Rows
+from .signals import deaf_children
 
 CENTRE = (0.0, 0.5, 0.5, 0.5)  # draws for the least size, the middle, no mirror
 
@@ -352,6 +353,14 @@ def _tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> Tenso
     return torch.cat([row.input_ids[0] for row in rows])
 
 
+class QuietLoader(DataLoader[Any]):
+    """A DataLoader whose workers do not hear what asks the run to stop: they end when it does."""
+
+    def __iter__(self) -> Any:
+        with deaf_children() if self.num_workers else nullcontext():
+            return super().__iter__()
+
+
 def make_loader(
     source: Source, sampler: Iterable[list[int]], workers: int, prefetch: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -365,22 +374,12 @@ def make_loader(
         workers: processes; 0 reads in this one.
         prefetch: micro-batches each worker keeps ready.
     """
-    return DataLoader(
+    return QuietLoader(
         cast(Dataset[Any], source),
         batch_sampler=cast(Sampler[list[int]], sampler),
         num_workers=workers,
         collate_fn=source.collate,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
         multiprocessing_context="spawn" if workers else None,
         prefetch_factor=prefetch if workers else None,
     )
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach the whole process group; the parent still wants data.
-
-    Workers end when the parent says so, or within seconds of its death.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

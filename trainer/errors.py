@@ -1,4 +1,4 @@
-"""The one exception that means: the user can put this right."""
+"""The exceptions that end a run in one line: what the user can put right, and lost ranks."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,15 @@ class UsageError(ValueError):
     The message names the flag or file, the value found and the cure. `launch` prints it without a
     traceback and exits with code 2; every other exception is a bug and keeps its traceback.
     """
+
+
+class RanksLost(RuntimeError):
+    """Other ranks are gone or do not answer, told in one line that names them.
+
+    Args:
+        speaks: whether this rank is the one of those left that says it.
+    """
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks

@@ -44,6 +44,7 @@ class Plan:
     """A run whose flags, data, model folder and output folder fit together."""
 
     config: RunConfig  # with every default that depends on the machine filled in
+    asked: RunConfig  # the same, a step cut up as the flags say
     described: Described
     rows: Rows
     buckets: Buckets
@@ -123,9 +124,9 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     Raises: UsageError: something does not fit; the message names the flag and the cure.
     """
     config.check_complete()
-    asked = config.data.cache_latents
+    asked_cache = config.data.cache_latents
     config = _with_machine_defaults(config, world)
-    notes = _notes(config, asked, on_gpu=world.device.type == "cuda")
+    notes = _notes(config, asked_cache, on_gpu=world.device.type == "cuda")
     notes += _sharding_notes(config.precision, world)
     check_trackers(config.output.trackers)
     _check_output(config.output)
@@ -133,8 +134,12 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         check_8bit(world.device.type)
     if config.adapter.lora_rank is not None:
         check_peft()
+    asked = config
+    resume, passed_over = _find_checkpoint(config)
+    if resume is not None:
+        config, recut = _with_same_batch(config, resume, world.size)
+        notes += recut
     global_batch = config.loop.global_batch(world.size)
-    resume, passed_over = _find_checkpoint(config, global_batch)
 
     described = describe_trained(config)
     check_resolution(config.data.resolution, described)
@@ -158,6 +163,7 @@ def make_plan(config: RunConfig, world: World) -> Plan:
         )
     return Plan(
         config=config,
+        asked=asked,
         described=described,
         rows=rows,
         buckets=buckets,
@@ -231,7 +237,7 @@ def claim_output(plan: Plan) -> None:
             checkpoint.set_aside_later(folder, step_of(plan.resume))
     except OSError as error:
         raise UsageError(f"--output_dir {output} cannot be written: {error}") from None
-    write_text(output / RUN_FILE, to_toml(plan.config))
+    write_text(output / RUN_FILE, to_toml(plan.asked))
 
 
 def step_of(folder: Path | None) -> int:
@@ -378,7 +384,7 @@ def _notes(config: RunConfig, asked_cache: str | None, on_gpu: bool) -> list[str
     return notes
 
 
-def _find_checkpoint(config: RunConfig, global_batch: int) -> tuple[Path | None, list[str]]:
+def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, if any, after checking that it is of this same run."""
     output, asked = Path(config.output.output_dir), config.output.resume_from_checkpoint
     if config.output.overwrite:
@@ -395,15 +401,40 @@ def _find_checkpoint(config: RunConfig, global_batch: int) -> tuple[Path | None,
     else:
         found, passed_over = _named_checkpoint(output, asked), []
     if found is not None:
-        state = checkpoint.read_state(found)
-        _check_same_run(config, state["settings"], found)
-        if state["global_batch"] != global_batch:
-            raise UsageError(
-                f"{found} was trained with {state['global_batch']} samples a step, this command "
-                f"makes {global_batch}: change --train_batch_size or --gradient_accumulation_steps "
-                "so that batch x micro-steps x ranks stays the same, or --overwrite"
-            )
+        _check_same_run(config, checkpoint.read_state(found)["settings"], found)
     return found, passed_over
+
+
+def _with_same_batch(config: RunConfig, resume: Path, ranks: int) -> tuple[RunConfig, list[str]]:
+    """The samples a step of the checkpoint, where other ranks alone would change them.
+
+    Raises: UsageError: they cannot be shared evenly, or the flags ask for others.
+    """
+    state, loop = checkpoint.read_state(resume), config.loop
+    kept, made = state["global_batch"], loop.global_batch(ranks)
+    if made == kept:
+        return config, []
+    asked = loop.train_batch_size, loop.gradient_accumulation_steps
+    before = tuple(
+        state["settings"][f"loop.{name}"]
+        for name in ("train_batch_size", "gradient_accumulation_steps")
+    )
+    each, rest = divmod(kept, ranks)
+    if asked != before or rest:
+        raise UsageError(
+            f"{resume} was trained with {kept} samples a step, this command makes {made}: change "
+            "--train_batch_size or --gradient_accumulation_steps so that batch x micro-steps x "
+            "ranks stays the same, or --overwrite"
+        )
+    batch = max(size for size in range(1, asked[0] + 1) if each % size == 0)
+    loop = dataclasses.replace(
+        loop, train_batch_size=batch, gradient_accumulation_steps=each // batch
+    )
+    note = (
+        f"{ranks} ranks: {batch} x {each // batch} micro-steps each, for the {kept} samples a step "
+        "that the run has"
+    )
+    return dataclasses.replace(config, loop=loop), [note]
 
 
 def _named_checkpoint(output: Path, asked: str) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checkpoint, sharded_checkpoint
 from .adapter_files import loading, save_adapter
 from .adapters import evaluating
+from .alike import check_alike
 from .audit import AUDIT_FILE, Audit, rows_of_step
 from .cache import CachedPairs
 from .caching import open_cache
@@ -78,7 +79,7 @@ def _train(
     plan: Plan, world: World, command: str, stop_requested: Callable[[], bool], *, dry_run: bool
 ) -> bool:
     """As `train`, in a folder that no other run works in."""
-    world.check_same(plan.facts(), "all machines must see the same --output_dir and dataset")
+    check_alike(plan, world)
     if plan.config.precision.sharding == "hsdp":
         cure = "give each as many, or take --sharding fsdp"
         world.check_same({"numbers of ranks of their machine": world.local_size}, cure)
@@ -149,6 +150,7 @@ class Run:
         windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
         try:
             while self.step < plan.total_steps:
+                world.doing(f"reading step {self.step + 1}")
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
                     if meter.results:  # of steps that no line of the log will tell of
@@ -162,6 +164,7 @@ class Run:
                     return False
                 for message in messages:
                     log.note(f"skipped: {message}")
+                world.doing(f"training step {self.step + 1}")
                 lr = lr_at(self.step)
                 rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
                 result = update(job.samples(window), rates)
@@ -185,6 +188,7 @@ class Run:
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
+                        world.doing(f"validating after step {self.step}")
                         with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
                     if saves or keeps:
@@ -207,6 +211,7 @@ class Run:
 
     def save(self, saver: Saver, *, whole: bool = True, averages: bool = False) -> None:
         """Has the checkpoint of this step written, and the averages of --post_hoc_ema."""
+        self.world.doing(f"saving step {self.step}")
         if not saver.writes:
             return
         saves, root = [], self.plan.output
@@ -230,7 +235,7 @@ class Run:
                 "good_steps": scale.good_steps.item(),
                 "usual_loss": guard.usual.item(),
                 "usual_steps": guard.steps.item(),
-                "settings": flat(self.plan.config),
+                "settings": flat(self.plan.asked),
                 "versions": self._versions(),
             },
         )
@@ -242,6 +247,7 @@ class Run:
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
+        self.world.doing("exporting")
         with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
                 self._export(unet, raw_weights, picture)

@@ -22,6 +22,7 @@ MAY_CHANGE = frozenset(
         "loop.max_train_steps",
         "loop.bucket_mb",
         "loop.max_skips",
+        "loop.timeout_s",
         "model.cache_dir",
         "data.on_bad_sample",
         "data.cache_latents",  # --cache_crops may not: they are other samples

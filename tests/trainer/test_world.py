@@ -8,7 +8,7 @@ import torch
 from ranks import free_port
 
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.world import MESSAGE_BYTES, World
+from fusedit.trainer.world import World
 
 
 def _on_ranks(size, function):
@@ -52,7 +52,7 @@ def _fail_on_the_last(world):
     try:
         with world.together():
             if world.rank == world.size - 1:
-                raise UsageError("no space on this machine " + "x" * MESSAGE_BYTES)
+                raise UsageError("no space on this machine " + "x" * 4096)
     except UsageError as error:
         return str(error)[:24]
     return "nothing"
@@ -75,6 +75,20 @@ def _see(world):
 def test_ranks_that_see_different_things_say_which():
     assert _on_ranks(2, _see) == ["the same"] * 2
     assert _on_ranks(3, _see) == ["the ranks see different rows: [8, 8, 9]; share the folder"] * 3
+
+
+def _be_of_another_kind(world):
+    try:
+        world.check_alike({"torch": "2.13" if world.rank < 2 else "2.12"}, "install the same")
+    except UsageError as error:
+        return str(error)
+    return "the same"
+
+
+def test_a_rank_of_another_version_is_named():
+    assert _on_ranks(2, _be_of_another_kind) == ["the same"] * 2
+    told = "rank 2 has torch 2.12, rank 0 2.13; install the same"
+    assert _on_ranks(3, _be_of_another_kind) == [told] * 3
 
 
 def test_other_exceptions_are_not_swallowed():
