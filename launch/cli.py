@@ -4,6 +4,8 @@
     fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
+    fusedit evaluate MODEL --out FOLDER        measures a model's edits by a protocol
+    fusedit compare A.json B.json              two such results side by side
     fusedit ema RUN --length L --out FOLDER    a run's pipeline with averages of another length
     fusedit export RUN [--merge] [--out DIR]   a run's checkpoint as a pipeline, its LoRA merged
     fusedit demo                               the whole job on a drawn world, in minutes
@@ -32,6 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     # Each command imports what it needs when it is called: torch and diffusers take seconds.
     if command in ("train", "cache"):
         return on_all_devices(command, rest)
+    if command == "evaluate":
+        return evaluate_on_all_devices(rest)
+    if command == "compare":
+        from . import compare
+
+        return compare.main(rest)
     if command == "plan":
         from . import plan
 
@@ -68,10 +76,7 @@ def on_all_devices(command: str, argv: list[str]) -> int:
     Args:
         command: train or cache.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--nproc_per_node", "--nproc-per-node", type=int)
-    own.add_argument("--master_port", "--master-port", type=int)
-    machine, flags = own.parse_known_args(argv)
+    machine, flags = _machine_flags(argv)
 
     import torch
 
@@ -90,11 +95,39 @@ def on_all_devices(command: str, argv: list[str]) -> int:
     return torchrun(command, ranks, machine.master_port, flags)
 
 
+def evaluate_on_all_devices(argv: list[str]) -> int:
+    """As `on_all_devices`, of an evaluation."""
+    machine, flags = _machine_flags(argv)
+
+    import torch
+
+    from . import evaluate
+    from .train import MISTAKE
+
+    try:
+        evaluate.parse(flags)
+    except UsageError as error:
+        print(f"fusedit: {error}", file=sys.stderr)
+        return MISTAKE
+    ranks = machine.nproc_per_node or max(torch.cuda.device_count(), 1)
+    if ranks == 1:
+        return evaluate.main(flags)
+    return torchrun("evaluate", ranks, machine.master_port, flags)
+
+
+def _machine_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """How many processes, where they meet; and all other flags."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--nproc_per_node", "--nproc-per-node", type=int)
+    own.add_argument("--master_port", "--master-port", type=int)
+    return own.parse_known_args(argv)
+
+
 def torchrun(command: str, ranks: int, port: int | None, flags: list[str]) -> int:
     """`torchrun --nproc-per-node RANKS -m fusedit.launch.COMMAND FLAGS`, with our exit codes.
 
     Args:
-        command: train or cache.
+        command: train, cache or evaluate.
         port: of the rendezvous; None finds a free one.
     """
     from torch.distributed import DistNetworkError
