@@ -21,11 +21,12 @@ from .examples import Example, Examples
 from .extractors import KINDS, Extractors
 from .files import beside, cannot_write
 from .metrics import METRICS, Score, Seen, features_of, make_metrics, to_tensor
-from .protocols import UNPINNED, Protocol
+from .protocols import CURVE, UNPINNED, Protocol
 from .sample import edit_images
 from .world import World
 
 FEWEST_ROWS = 2  # of a distance between distributions
+LEAST_SIDE = 64  # pixels that LPIPS's networks can halve so often
 
 
 class Point(NamedTuple):
@@ -65,12 +66,13 @@ class Store:
 
 
 def open_extractors(
-    protocol: Protocol, places: Mapping[str, str | None], device: torch.device
+    protocol: Protocol, places: Mapping[str, str | None], device: torch.device, flag: str = ""
 ) -> tuple[Extractors, dict[str, str]]:
     """The networks that the protocol's metrics see by, and why others are not there.
 
     Args:
         places: folder or hub name of each that was asked for, instead of the protocol's own.
+        flag: what begins the name of the flag that gives a place.
 
     Raises: UsageError: one that was asked for cannot be had, or is not the one that is pinned.
     """
@@ -80,18 +82,19 @@ def open_extractors(
         asked = place is not None
         place = pinned.place if place is None and pinned is not None else place
         if place is None:
-            missing[kind] = f"the protocol names no {kind}; --{kind} FOLDER gives one"
+            missing[kind] = f"the protocol names no {kind}; --{flag}{kind} FOLDER gives one"
             continue
         try:
             one = KINDS[kind](place, device)
         except UsageError as error:
             if asked:
-                raise
+                raise UsageError(str(error).replace(f"--{kind}", f"--{flag}{kind}", 1)) from None
             missing[kind] = str(error)
             continue
         if pinned is not None and pinned.sha256 not in (UNPINNED, one.sha256):
             raise UsageError(
-                f"--{kind} {place} has the hash {one.sha256}, the protocol wants {pinned.sha256}"
+                f"--{flag}{kind} {place} has the hash {one.sha256}, the protocol wants "
+                f"{pinned.sha256}"
             )
         found[kind] = one
     return Extractors(**found), missing
@@ -110,6 +113,8 @@ def split_metrics(
         lacks = [missing[need] for need in METRICS[name].needs if need in missing]
         if name.startswith(("fid_", "kid_")) and rows < FEWEST_ROWS:
             lacks.append(f"it needs {FEWEST_ROWS} rows or more")
+        if name == "lpips" and (protocol.sampling.resolution or LEAST_SIDE) < LEAST_SIDE:
+            lacks.append(f"it needs images of {LEAST_SIDE} pixels or more")
         if lacks:
             left_out[name] = lacks[0]
     return [name for name in protocol.metrics if name not in left_out], left_out
@@ -280,12 +285,12 @@ def curve_through(points: Sequence[Point]) -> Curve | None:
 
 def best_value(protocol: Protocol, points: Sequence[Point]) -> float | None:
     """By which checkpoints are ranked, higher is better; None where it was not measured."""
-    if protocol.best_by == "curve":
+    if protocol.judge == CURVE:
         curve = curve_through(points)
         return None if curve is None else curve.area
-    values = [point.metrics.get(protocol.best_by) for point in points]
+    values = [point.metrics.get(protocol.judge) for point in points]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
     mean = sum(known) / len(known)
-    return mean if METRICS[protocol.best_by].higher_is_better else -mean
+    return mean if METRICS[protocol.judge].higher_is_better else -mean

@@ -161,7 +161,8 @@ def load_model(model: str) -> tuple[Any, dict[str, Any]]:
     if run.is_file():
         resolution = from_toml(run, flag="").data.resolution
     else:
-        resolution = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
+        latents = pipeline.unet.config["sample_size"]  # a side, both, or not told
+        resolution = latents * pipeline.vae_scale_factor if isinstance(latents, int) else None
     told = {
         "name": model,
         "sha256": sha256_of(tensors, dict(pipeline.scheduler.config)),

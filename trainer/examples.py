@@ -74,7 +74,7 @@ class Examples:
         sessions: dict[str, list[int]] = {}
         for row in self.rows:
             sessions.setdefault(session_of[row], []).append(row)
-        return [sorted(rows, key=lambda row: turn_of[row]) for rows in sessions.values()]
+        return [sorted(rows, key=turn_of.__getitem__) for rows in sessions.values()]
 
     def without(self, bad: Sequence[int]) -> "Examples":
         """All but these; of a session none is left where one is bad."""
@@ -184,9 +184,17 @@ def survey(examples: Examples, world: World, on_bad_sample: str) -> Surveyed:
     return Surveyed(left, digest, names)
 
 
-def with_resolution(protocol: Protocol, resolution: int) -> Protocol:
-    """The protocol at a model's own resolution, where it has none."""
+def with_resolution(protocol: Protocol, resolution: int | None) -> Protocol:
+    """The protocol at a model's own resolution, where it has none.
+
+    Raises: UsageError: neither has one.
+    """
     if protocol.sampling.resolution is not None:
         return protocol
+    if resolution is None:
+        raise UsageError(
+            f"--protocol {protocol.name} takes the model's resolution, which this one does not "
+            "tell: give a protocol with a resolution"
+        )
     sampling = dataclasses.replace(protocol.sampling, resolution=resolution)
     return dataclasses.replace(protocol, sampling=sampling)

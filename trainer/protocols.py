@@ -81,7 +81,7 @@ class Protocol:
     name: str
     metrics: tuple[str, ...]
     against: str = "truth"  # or input: what an edit is compared with
-    best_by: str = "psnr"  # a metric, or curve: what --keep_best goes by
+    best_by: str | None = None  # a metric, or curve: what --keep_best goes by; none: the first
     data: Data = field(default_factory=Data)
     sampling: Sampling = field(default_factory=Sampling)
     extractors: dict[str, Extractor] = field(default_factory=dict)
@@ -92,6 +92,11 @@ class Protocol:
         told = json.loads(json.dumps(dataclasses.asdict(self)))
         del told["published"]
         return told
+
+    @property
+    def judge(self) -> str:
+        """What ranks checkpoints."""
+        return self.best_by or self.metrics[0]
 
     @property
     def sha256(self) -> str:
@@ -125,11 +130,11 @@ def read_protocol(named: str, flag: str = "--protocol") -> Protocol:
 
 
 def _check(protocol: Protocol, where: str) -> None:
-    known = set(METRICS)
-    wanted = [*protocol.metrics, *({protocol.best_by} - {CURVE})]
+    if not protocol.metrics:
+        raise UsageError(f"{where}: metrics names none; there are {', '.join(METRICS)}")
     for kind, given, allowed in (
-        ("metric", wanted, known),
-        ("best_by", [protocol.best_by], {*protocol.metrics, CURVE}),
+        ("metric", protocol.metrics, {*METRICS}),
+        ("best_by", [protocol.judge], {*protocol.metrics, CURVE}),
         ("against", [protocol.against], {"truth", "input"}),
         ("resize", [protocol.sampling.resize], {"square", "long_side"}),
         ("extractor", protocol.extractors, set(KINDS)),
@@ -153,7 +158,7 @@ def _check(protocol: Protocol, where: str) -> None:
         raise UsageError(f"{where}: steps must be 1 or more, seed from 0 to 2**64 - 1")
     if sampling.sampler is not None and not hasattr(diffusers, sampling.sampler):
         raise UsageError(f"{where}: diffusers has no sampler {sampling.sampler}")
-    if protocol.best_by == CURVE:
+    if protocol.judge == CURVE:
         if len(scales) < 2:
             raise UsageError(f"{where}: a curve needs several image_guidance_scales")
         if not {"clip_image", "clip_direction"} <= {*protocol.metrics}:

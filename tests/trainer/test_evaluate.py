@@ -5,28 +5,31 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from extractor_files import save_clip, save_dino, save_lpips
 from PIL import Image
 from tiny import save_tiny_dataset, save_tiny_pipeline
 
 from fusedit.launch import cli, evaluate
+from fusedit.trainer import checkpoint
 from fusedit.trainer.comparing import paired_interval
+from fusedit.trainer.config import DataConfig, LoopConfig, ModelConfig, RunConfig
 from fusedit.trainer.curve import Curve, curve_of, dominated_area
 from fusedit.trainer.curve import plot as plot_curve
 from fusedit.trainer.metrics import METRICS, psnr
 from fusedit.trainer.sample import edit_images
+from fusedit.trainer.settings import to_toml
 
 COUNT = 5
 PROTOCOL = """
 name = "own"
 metrics = [{metrics}]
 against = "{against}"
-best_by = "psnr"
 [data]
 edited_column = "edited_image"
 {data}
 [sampling]
-resolution = 16
+resolution = {resolution}
 steps = 2
 guidance_scale = 2.0
 image_guidance_scales = [{scales}]
@@ -60,11 +63,17 @@ def run(place, tmp_path, monkeypatch):
 
     def call(
         *flags, out="out", model="model", metrics=("psnr", "l2"), scales="1.5", against="truth",
-        data="", sampling="", seed=0,
+        data="", sampling="", seed=0, resolution=16,
     ):  # fmt: skip
         told = ", ".join(f'"{name}"' for name in metrics)
         text = PROTOCOL.format(
-            metrics=told, scales=scales, against=against, data=data, sampling=sampling, seed=seed
+            metrics=told,
+            scales=scales,
+            against=against,
+            data=data,
+            sampling=sampling,
+            seed=seed,
+            resolution=resolution,
         )
         (tmp_path / "own.toml").write_text(text)
         words = [f"--out={tmp_path / out}", f"--protocol={tmp_path / 'own.toml'}"]
@@ -91,7 +100,7 @@ def rows_of(folder):
 
 def test_all_metrics_by_row_and_in_all(run, place, tmp_path, capsys):
     metrics = sorted(METRICS)
-    code, results = run(*networks(place), metrics=metrics, data=CAPTIONS)
+    code, results = run(*networks(place), metrics=metrics, data=CAPTIONS, resolution=64)
     assert code == 0
     [point] = results["points"]
     assert sorted(point["metrics"]) == metrics
@@ -110,7 +119,7 @@ def test_all_metrics_by_row_and_in_all(run, place, tmp_path, capsys):
 
 
 def test_what_cannot_be_measured_is_named(run, capsys):
-    metrics = ["psnr", "lpips", "clip_text", "dino", "clip_image"]
+    metrics = ["psnr", "lpips", "clip_text", "dino", "clip_image", "fid_clip"]
     network = '[extractors.clip]\nplace = "no/such-network"'
     code, results = run(metrics=metrics, sampling=network)
     assert code == 0
@@ -297,40 +306,39 @@ def test_mistakes_are_told_in_a_line(run, place, capsys):
         assert told.count("\n") == 1
 
 
-def test_a_run_measures_its_own_checkpoints_on_what_it_held_out(place, tmp_path, monkeypatch):
+def test_a_run_measures_its_own_checkpoints_on_what_it_held_out(
+    place, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    from fusedit.trainer.config import DataConfig, LoopConfig, ModelConfig, RunConfig
-    from fusedit.trainer.settings import to_toml
-
     config = RunConfig(
         model=ModelConfig(pretrained_model_name_or_path=str(place / "model")),
         data=DataConfig(train_data_dir=str(place / "data"), resolution=16, held_out=2),
         loop=LoopConfig(seed=3),
     )
     (tmp_path / "run.toml").write_text(to_toml(config))
-    from diffusers import UNet2DConditionModel
-
-    from fusedit.trainer import checkpoint
-
     unet = UNet2DConditionModel.from_pretrained(place / "model/unet").state_dict()
     moved = {name: value + 0.01 for name, value in unet.items()}
     for step, tensors in ((1, {"unet": unet}), (2, {"unet": unet, "ema": moved})):
         checkpoint.save(tmp_path, step, checkpoint.Checkpoint(tensors, {"step": step}), None)
-    protocol = place / "held.toml"
-    protocol.write_text(
-        'name = "held"\nmetrics = ["psnr"]\n[data]\nedited_column = "edited_image"\n'
-        "[sampling]\nsteps = 2\n"
-    )
-    found = []
-    for model in (tmp_path / "checkpoint-1", tmp_path / "checkpoint-2", place / "model"):
-        words = [str(model), f"--out={tmp_path / model.name}-out", f"--protocol={protocol}"]
-        words += [f"--dataset={place / 'data'}"] if model == place / "model" else []
+    text = 'name = "held"\nmetrics = ["psnr"]\n[data]\nedited_column = "edited_image"\n'
+    text += "[sampling]\nsteps = 2\n"
+    (tmp_path / "own.toml").write_text(text)
+    (tmp_path / "sized.toml").write_text(f"{text}resolution = 16\n")
+
+    def measured(model, protocol, *flags):
+        out = tmp_path / f"{model.name}-out"
+        words = [str(model), f"--out={out}", f"--protocol={tmp_path / protocol}.toml", *flags]
         assert evaluate.main(words) == 0
-        found.append(json.loads((tmp_path / f"{model.name}-out/results.json").read_text()))
-    assert found[0]["rows"]["measured"] == 2
-    assert [one["model"]["resolution"] for one in found] == [16, 16, 64]
-    assert found[0]["model"]["sha256"] == found[2]["model"]["sha256"]
-    assert found[1]["points"] != found[0]["points"]  # the averages were taken
+        return json.loads((out / "results.json").read_text())
+
+    first, second = (measured(tmp_path / f"checkpoint-{step}", "own") for step in (1, 2))
+    model = measured(place / "model", "sized", f"--dataset={place / 'data'}")
+    assert first["rows"]["measured"] == 2
+    assert first["protocol_sha256"] == model["protocol_sha256"]
+    assert first["model"]["sha256"] == model["model"]["sha256"]
+    assert first["points"] != second["points"]  # the averages were taken
+    assert evaluate.main([str(place / "model"), f"--out={tmp_path / 'x'}"]) == 2
+    assert "--protocol held-out takes the model's resolution" in capsys.readouterr().err
 
 
 @pytest.fixture
