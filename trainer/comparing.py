@@ -36,7 +36,7 @@ def compare(one: Path, other: Path) -> tuple[list[Line], list[dict[str, Any]]]:
     differing = unlike(*results)
     if differing:
         raise UsageError(f"{one} and {other} cannot be compared: {'; '.join(differing)}")
-    rows = [_read_rows(path) for path in (one, other)]
+    rows = [read_rows(path) for path in (one, other)]
     lines = []
     for mine, its in zip(results[0]["points"], results[1]["points"], strict=True):
         scale = mine["image_guidance_scale"]
@@ -167,7 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
     return results
 
 
-def _read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> Rows:
     """Beside the results; empty where there are none."""
     try:
         text = (path.parent / ROWS_FILE).read_text(encoding="utf-8")
