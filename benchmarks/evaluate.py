@@ -14,6 +14,7 @@ mistake in the flags.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,16 +32,19 @@ from ..trainer.comparing import Rows, read_rows
 from ..trainer.curve import dominated_area
 from ..trainer.evaluating import RESULTS, Asked, evaluate
 from . import harness, report
-from .demo_steps import RunFailed, demo_data, demo_flags, parse_steps, run_module
+from .demo_steps import RunFailed, demo_data, demo_flags, run_module
+from .flags import Flags, positive
 from .harness import Record, say
 from .small_clip import save_small_clip
 
 CHECKPOINTS = 10
+SCENES = 100  # a multiple of the kinds of edits
 LEAST_SPEARMAN = 0.9
 RANKS = 2
 WITH, WITHOUT = "image dropout 5%", "no image dropout"
 RUNS = {WITH: (), WITHOUT: ("--image_dropout_prob=0", "--both_dropout_prob=0")}
 COLOURS = {WITH: "#1f6feb", WITHOUT: "#f0883e"}
+TOLD = "told-apart.json"  # beside the small CLIP
 DRAWS = 2000  # of scenes, with replacement
 LEVEL = 95  # percent
 HELD_OUT = f"""
@@ -182,6 +186,7 @@ def train(name: str, flags: argparse.Namespace, data: Path, output: Path) -> Pat
     last = output / f"checkpoint-{flags.steps}"
     if not last.exists():
         say(f"training {flags.steps} steps, {name}")
+        shutil.rmtree(output, ignore_errors=True)  # what was measured of another one lies in it
         words = [
             *demo_flags(data, BATCH // RANKS),
             *RUNS[name],
@@ -200,9 +205,15 @@ def train(name: str, flags: argparse.Namespace, data: Path, output: Path) -> Pat
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    flags = parse_steps(argv, "evaluate", str(__doc__), FULL.steps, least=CHECKPOINTS)
-    flags.steps -= flags.steps % CHECKPOINTS
-    return flags
+    flags = Flags("fusedit.benchmarks.evaluate", str(__doc__))
+    flags.add_record()
+    flags.add_argument("--work", type=Path, default=Path("runs/ledger"), help="data, cache, runs")
+    flags.add_argument("--steps", type=positive, default=FULL.steps, help="of each run")
+    flags.add_argument("--scenes", type=positive, default=SCENES, help="that are edited")
+    chosen = flags.parse_args(argv)
+    if chosen.steps % CHECKPOINTS:
+        flags.error(f"--steps must be a multiple of {CHECKPOINTS}, got {chosen.steps}")
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,23 +223,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     record = harness.new_record("evaluate", words, flags.commit)
     place = flags.work / f"evaluate-{flags.steps}"
-    data, scenes = demo_data(flags.work / "data"), save_scenes(place / "scenes", FULL.held_out)
+    data = demo_data(flags.work / "data")
+    scenes = save_scenes(place / f"scenes-{flags.scenes}", flags.scenes)
     for name, text in (("held-out", HELD_OUT), ("curve", CURVE)):
         (place / f"{name}.toml").write_text(text)
-    say("training a small CLIP")
-    told_apart = save_small_clip(place / "clip")
+    clip = flags.work / "small-clip"
+    if not (clip / TOLD).exists():
+        say("training a small CLIP")
+        (clip / TOLD).write_text(json.dumps(save_small_clip(clip)))
+    told_apart = json.loads((clip / TOLD).read_text())
     say(f"of an edit's two captions, it finds the image's own in {told_apart:.1%}")
     world = make_world()
 
-    def measured(model: Path, protocol: str, out: Path) -> Record:
-        shutil.rmtree(out, ignore_errors=True)
+    def folder_of(model: Path, protocol: str) -> Path:
+        return model.parent / f"{protocol}-{flags.scenes}-{model.name}"
+
+    def measured(model: Path, protocol: str) -> Record:
         say(f"measuring {model.parent.name}/{model.name} by {protocol}")
         asked = Asked(
             model=str(model),
-            out=out,
+            out=folder_of(model, protocol),
             protocol=str(place / f"{protocol}.toml"),
             dataset=str(scenes),
-            places={"clip": str(place / "clip")},
+            places={"clip": str(clip)},
             batch_size=BATCH,
         )
         return evaluate(asked, world)
@@ -239,17 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fusedit.benchmarks.evaluate: {error}")
         return 1
     steps = range(flags.steps // CHECKPOINTS, flags.steps + 1, flags.steps // CHECKPOINTS)
-    checkpoints = {
-        step: measured(runs[WITH] / f"checkpoint-{step}", "held-out", place / f"at-{step}")
-        for step in steps
-    }
+    checkpoints = {step: measured(runs[WITH] / f"checkpoint-{step}", "held-out") for step in steps}
     values = {step: results["points"][0]["metrics"] for step, results in checkpoints.items()}
-    folders = {name: place / f"curve-{at}" for at, name in enumerate(RUNS)}
-    curves = {
-        name: measured(runs[name] / f"checkpoint-{flags.steps}", "curve", folder)
-        for name, folder in folders.items()
-    }
-    one, other = (read_rows(folder / RESULTS) for folder in folders.values())
+    ends = {name: run / f"checkpoint-{flags.steps}" for name, run in runs.items()}
+    curves = {name: measured(end, "curve") for name, end in ends.items()}
+    one, other = (read_rows(folder_of(end, "curve") / RESULTS) for end in ends.values())
     apart = difference_of_areas(one, other)
     record["rows"] = rows_of(values, curves, apart, told_apart)
     psnr = {step: value["psnr"] for step, value in values.items()}
