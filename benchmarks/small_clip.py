@@ -20,7 +20,7 @@ from ..launch.demo.world import make_pair
 from .harness import say
 
 WORLD_SEED = 4  # 0 to 3 are the demo's
-PAIRS, STEPS, BATCH = 3000, 800, 128  # edits drawn, optimizer steps, edits a step
+PAIRS, STEPS, BATCH = 2000, 600, 64  # edits drawn, optimizer steps, edits a step
 HELD_BACK = 200  # further edits, to see how well it tells captions apart
 WIDTH = 64
 
@@ -70,11 +70,11 @@ def _drawn(prepare: Any, tokenizer: Tokenizer, indices: range) -> tuple[Tensor, 
 
 def _config(tokenizer: Tokenizer) -> CLIPConfig:
     shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
-    shape |= {"num_hidden_layers": 3, "projection_dim": WIDTH}
+    shape |= {"num_hidden_layers": 2, "projection_dim": WIDTH}
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
     words = {name: getattr(tokenizer, name) for name in special}
     words |= {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
-    seen = {"image_size": SIZE, "patch_size": 8}
+    seen = {"image_size": SIZE, "patch_size": 16}
     return CLIPConfig(
         text_config={**shape, **words}, vision_config={**shape, **seen}, projection_dim=WIDTH
     )

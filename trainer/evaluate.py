@@ -6,7 +6,8 @@ and so does what was killed and goes on.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .extractors import KINDS, Extractors
 from .files import beside, cannot_write
 from .metrics import METRICS, Score, Seen, features_of, make_metrics, to_tensor
 from .protocols import CURVE, UNPINNED, Protocol
+from .rows import BadSample
 from .sample import edit_images
 from .world import World
 
@@ -158,7 +160,7 @@ def measure(
     points, done = [], 0
     for scale in protocol.sampling.image_guidance_scales:
         found = make_metrics(metrics, extractors)
-        with world.together():
+        with world.together(), _still_readable():
             for start in range(0, len(blocks), world.size):
                 index = start + world.rank
                 mine = blocks[index] if index < len(blocks) else blocks[0] if in_step else None
@@ -180,6 +182,17 @@ def measure(
             }
         points.append(Point(scale, values, by_row))
     return points
+
+
+@contextmanager
+def _still_readable() -> Iterator[None]:
+    """All rows could be read when they were surveyed."""
+    try:
+        yield
+    except BadSample as error:
+        raise UsageError(
+            f"{error}; it could be read at the start: the same command goes on"
+        ) from None
 
 
 def rounds(protocol: Protocol, examples: Examples, world: World, batch_size: int) -> int:
