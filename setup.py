@@ -14,6 +14,7 @@ setup(
     include_package_data=False,  # what MANIFEST.in adds is for the sdist alone
     package_data={
         "fusedit.kernels": ["tables/*.json"],
+        "fusedit.trainer": ["protocols/*.toml"],
         "fusedit.launch": ["recipes/*.toml", "slurm/*", "kubernetes/*", "ssh/*"],
         "fusedit.benchmarks": ["results/compiled-*.json"],
         "fusedit.launch.demo": ["base/**/*"],

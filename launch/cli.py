@@ -5,6 +5,8 @@
     fusedit doctor [--json FILE] FLAGS         what would stop or slow such a run, before it starts
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
+    fusedit evaluate MODEL --out FOLDER        measures a model's edits by a protocol
+    fusedit compare A.json B.json              two such results side by side
     fusedit ema RUN --length L --out FOLDER    a run's pipeline with averages of another length
     fusedit export RUN [--merge] [--out DIR]   a run's checkpoint as a pipeline, its LoRA merged
     fusedit demo                               the whole job on a drawn world, in minutes
@@ -45,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     # Each command imports what it needs when it is called: torch and diffusers take seconds.
     if command in ("train", "cache", "doctor"):
         return on_all_devices(command, rest)
+    if command == "evaluate":
+        return evaluate_on_all_devices(rest)
+    if command == "compare":
+        from . import compare
+
+        return compare.main(rest)
     if command == "plan":
         from . import plan
 
@@ -82,8 +90,6 @@ def on_all_devices(command: str, argv: list[str]) -> int:
         command: train, cache or doctor.
     """
     machines, flags = launcher_flags(argv)
-    import torch
-
     from . import doctor, train
     from .flags import parse
 
@@ -92,18 +98,29 @@ def on_all_devices(command: str, argv: list[str]) -> int:
     except UsageError as error:
         print(f"fusedit: {error}", file=sys.stderr)
         return train.MISTAKE
-    ranks = machines.nproc_per_node or max(torch.cuda.device_count(), 1)
-    given = [
-        word
-        for name in OF_TORCHRUN
-        if (value := getattr(machines, name)) is not None
-        for word in (f"--{name.replace('_', '-')}", value)
-    ]
+    ranks, given = places(machines)
     if ranks > 1 or given or "PET_NNODES" in os.environ:
         return torchrun(command, ranks, given, flags)
     if command == "doctor":
         return doctor.main(flags)
     return train.main(flags, cache_only=command == "cache")
+
+
+def evaluate_on_all_devices(argv: list[str]) -> int:
+    """As `on_all_devices`, of an evaluation."""
+    machines, flags = launcher_flags(argv)
+    from . import evaluate
+    from .train import MISTAKE
+
+    try:
+        evaluate.parse(flags)
+    except UsageError as error:
+        print(f"fusedit: {error}", file=sys.stderr)
+        return MISTAKE
+    ranks, given = places(machines)
+    if ranks > 1 or given or "PET_NNODES" in os.environ:
+        return torchrun("evaluate", ranks, given, flags)
+    return evaluate.main(flags)
 
 
 def launcher_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -115,11 +132,24 @@ def launcher_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return own.parse_known_args(argv)
 
 
+def places(machines: argparse.Namespace) -> tuple[int, list[str]]:
+    """How many processes this machine has, and torchrun's own arguments."""
+    import torch
+
+    given = [
+        word
+        for name in OF_TORCHRUN
+        if (value := getattr(machines, name)) is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    return machines.nproc_per_node or max(torch.cuda.device_count(), 1), given
+
+
 def torchrun(command: str, ranks: int, given: list[str], flags: list[str]) -> int:
     """`torchrun --nproc-per-node RANKS -m fusedit.launch.COMMAND FLAGS`, with our exit codes.
 
     Args:
-        command: train, cache or doctor.
+        command: train, cache, doctor or evaluate.
         given: arguments of torchrun's own; without any, one machine finds a free port.
     """
     from torch.distributed import DistNetworkError

@@ -1,7 +1,6 @@
 """fusedit edit MODEL IMAGE "instruction" -o OUT: one picture edited by a trained pipeline."""
 
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from ..trainer.adapter_files import LORA_FILE, MERGED
 from ..trainer.draws import Purpose, draw_normal
 from ..trainer.errors import UsageError
-from ..trainer.families import family_by_parts
+from ..trainer.pipelines import load_pipeline
 from ..trainer.sample import edit_images, nearest_size, open_image
 from .train import quiet_libraries
 
@@ -106,28 +102,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(model: str, device: torch.device) -> Any:
-    if not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        raise UsageError(f"{model}: there is no such model folder")
-    if (Path(model) / LORA_FILE).is_file():
-        raise UsageError(
-            f"{model} holds an adapter without its base: `fusedit export {model} --merge` writes "
-            f"{Path(model) / MERGED}, which is whole"
-        )
-    try:
-        index: Any = DiffusionPipeline.load_config(model)
-        pipeline = family_by_parts(index).pipeline.from_pretrained(
-            model,
-            low_cpu_mem_usage=False,  # else a warning where accelerate is not installed
-        )
-    except (HTTPError, OSError, ValueError, TypeError) as error:
-        where = "" if Path(model).is_dir() else "no folder here, and not to be had from the hub: "
-        raise UsageError(f"{model}: {where}{str(error).strip().splitlines()[0]}") from None
-    channels = pipeline.unet.config["in_channels"]
-    if channels != 8:
-        raise UsageError(
-            f"{model} is not an InstructPix2Pix pipeline: its UNet takes {channels} channels, not "
-            "8; train it with `fusedit train` first"
-        )
+    pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=None)  # shown in a terminal alone
     return pipeline.to(device, torch.float16) if device.type == "cuda" else pipeline.to(device)
 

@@ -28,9 +28,10 @@ TRAINER = [
     "recompute", "sharding", "unet", "compiled", "pretrained", "ema", "power_ema", "optim", "step",
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
     "cache_build", "cache", "trackers", "log", "meter", "audit", "saver", "output_lock",
-    "sample", "export", "adapter_files", "post_hoc", "validate", "evaluate", "plan", "alike",
-    "exporting", "caching", "checkup", "gpus", "blank", "counting",
-    "estimate", "prediction", "trial", "job", "run",
+    "sample", "export", "adapter_files", "post_hoc", "pipelines", "validate", "extractors",
+    "metrics", "protocols", "examples", "curve", "evaluate", "plan", "alike", "exporting",
+    "evaluating", "comparing", "caching", "checkup", "gpus", "blank", "counting",
+    "estimate", "prediction", "trial", "job", "best", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {"torch.load", "torch.save", "trust_remote_code", "eval", "exec"}

@@ -11,14 +11,20 @@ import tyro
 from torch.distributed.run import parse_args as parse_torchrun
 
 from fusedit.launch.cli import OF_TORCHRUN, launcher_flags
+from fusedit.launch.compare import CompareFlags
 from fusedit.launch.demo.run import DemoFlags
 from fusedit.launch.doctor import own_flags as doctor_flags
 from fusedit.launch.edit import EditFlags
 from fusedit.launch.ema import EmaFlags
+from fusedit.launch.evaluate import EvaluateFlags
+from fusedit.launch.evaluate import parse as parse_evaluate
 from fusedit.launch.export import ExportFlags
 from fusedit.launch.flags import TrainFlags, parse
 from fusedit.trainer.config import RunConfig
 from fusedit.trainer.gpus import GPUS
+from fusedit.trainer.metrics import METRICS
+from fusedit.trainer.protocols import names as protocol_names
+from fusedit.trainer.protocols import read_protocol
 from fusedit.trainer.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +36,7 @@ TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(p
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {
     field.name
-    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags)
+    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags, EvaluateFlags)
     for field in dataclasses.fields(cls)
 }
 OTHER_FLAGS |= {
@@ -85,10 +91,17 @@ def check_command(words: list[str]) -> None:
             arguments = parse_torchrun(rest)
             jobs = ("fusedit.launch.train", "fusedit.launch.cache", "fusedit.launch.doctor")
             assert arguments.module
+            if arguments.training_script == "fusedit.launch.evaluate":
+                check_evaluate(arguments.training_script_args)
+                return
             assert arguments.training_script in jobs
             check_train(arguments.training_script_args)
         case ["fusedit", "edit", *flags]:
             tyro.cli(EditFlags, args=flags, use_underscores=True)
+        case ["fusedit", "evaluate", *flags]:
+            check_evaluate(flags)
+        case ["fusedit", "compare", *flags]:
+            tyro.cli(CompareFlags, args=flags, use_underscores=True)
         case ["fusedit", "ema", *flags]:
             tyro.cli(EmaFlags, args=flags, use_underscores=True)
         case ["fusedit", "export", *flags]:
@@ -133,6 +146,10 @@ def check_train(flags: list[str]) -> None:
         parse(flags).run.check_complete()
 
 
+def check_evaluate(flags: list[str]) -> None:
+    read_protocol(parse_evaluate(flags).protocol)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -148,6 +165,7 @@ def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
         "torchrun --nproc=gpu -m fusedit.launch.train --resolution=no",
         "fusedit edit model photo.jpg",
         "fusedit ema run --length long --out new",
+        "fusedit evaluate run --protocol magicbrush --out new",
         "bash launch/tests.sh",
     ],
 )
@@ -194,6 +212,12 @@ def test_the_table_of_our_own_flags_is_the_codes():
     ours = re.findall(r"^    (\w+): .*# ours: ", source, re.MULTILINE)
     told = flags_between("Flags that the reference does not have", "`--held_out N`")
     assert told == sorted([*ours, "config", "dry_run"])
+
+
+def test_the_tables_of_protocols_and_metrics_are_the_codes():
+    section = TEXT["README.md"].split("## Measure edits", 1)[1].split("\n## ", 1)[0]
+    first_cells = " ".join(re.findall(r"^\| ([^|]*) \|", section, re.MULTILINE))
+    assert {*re.findall(r"`([\w-]+)`", first_cells)} == {*protocol_names(), *METRICS}
 
 
 def test_no_machine_is_named():

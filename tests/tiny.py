@@ -55,7 +55,7 @@ def save_tiny_pipeline(
 
 
 def _plain_parts(in_channels: int, prediction_type: str) -> dict[str, Any]:
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     return {
         "unet": _unet(in_channels),
         "vae": _vae(),
@@ -71,7 +71,7 @@ def _plain_parts(in_channels: int, prediction_type: str) -> dict[str, Any]:
 
 
 def _xl_parts(in_channels: int) -> dict[str, Any]:
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     return {
         "text_encoder": _text_encoder(tokenizer),
         "text_encoder_2": _text_encoder(tokenizer, CLIPTextModelWithProjection, POOLED_WIDTH),
@@ -138,7 +138,7 @@ def _text_encoder(
     )
 
 
-def _tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer with 3 merges: reads any text, into at most 16 tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     merges = [("m", "a"), ("r", "e"), ("i", "t</w>")]

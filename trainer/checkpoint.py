@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 HIDDEN = re.compile(r"\.checkpoint-[0-9]+\.(partial|deleted)")
+BEST_FILE = "best.json"  # beside the checkpoints; {"step": the one that is never deleted}
 ACCELERATE_FILES = ("random_states_0.pkl", "optimizer.bin", "scheduler.bin")
 
 
@@ -228,12 +229,24 @@ def _accelerate_message(folder: Path) -> str:
 
 
 def delete_older(root: Path, step: int, keep: int | None) -> None:
-    """Runs only after the new checkpoint is whole; later ones, which are broken, do not count."""
+    """Runs only after the new checkpoint is whole; later ones, which are broken, do not count.
+
+    The best one, which --keep_best has named, stays beside them.
+    """
     if keep is not None:
-        older = sorted((other for other in steps(root) if other < step), reverse=True)
+        best = best_step(root)
+        older = sorted((s for s in steps(root) if s < step and s != best), reverse=True)
         for other in older[keep - 1 :]:
             with suppress(OSError):  # one that cannot be deleted costs space, not the run
                 _delete(root / f"checkpoint-{other}")
+
+
+def best_step(root: Path) -> int | None:
+    """What BEST_FILE names; None where there is none."""
+    try:
+        return json.loads((root / BEST_FILE).read_text())["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _delete(folder: Path) -> None:

@@ -429,6 +429,36 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Measures of held-out edits during training. They cannot change what is trained."""
+
+    eval_steps: int | None = None  # ours: measure the edits of held-out rows every so many steps
+    eval_protocol: str = "held-out"  # ours: by this protocol's metrics, sampling and captions
+    eval_rows: int = 64  # ours: of the held-out rows, at most so many
+    eval_clip: str | None = None  # ours: folder or hub name of CLIP, instead of the protocol's
+    eval_dino: str | None = None  # ours: of DINO
+    eval_lpips: str | None = None  # ours: of a folder with lpips.safetensors
+    keep_best: bool = False  # ours: the best checkpoint by it is never deleted; see best.json
+
+    def __post_init__(self) -> None:
+        _at_least("eval_steps", self.eval_steps, 1)
+        _at_least("eval_rows", self.eval_rows, 1)
+
+    def check(self, held_out: int) -> None:
+        """Raises UsageError when there is nothing to measure, or a flag has nothing to say."""
+        for field_ in fields(self) if self.eval_steps is None else ():
+            value = getattr(self, field_.name)
+            if value != field_.default:
+                told = "" if value is True else f" {value}"
+                raise UsageError(f"--{field_.name}{told} needs --eval_steps; or leave it out")
+        if self.eval_steps is not None and not held_out:
+            raise UsageError(
+                f"--eval_steps {self.eval_steps} measures held-out rows: give --held_out 64, or "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OutputConfig:
     """What is written where, and sent where."""
 
@@ -475,6 +505,7 @@ class RunConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def sums_gradients(self, ranks: int) -> bool:
@@ -507,6 +538,7 @@ class RunConfig:
         self.data.check_cache()
         self.diffusion.check()
         self.optim.check()
+        self.evaluation.check(self.data.held_out)
         if self.output.ema_snapshot_steps is not None and not self.optim.post_hoc_ema:
             raise UsageError(
                 f"--ema_snapshot_steps {self.output.ema_snapshot_steps} is of --post_hoc_ema, "

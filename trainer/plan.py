@@ -24,6 +24,7 @@ from .files import write_text
 from .optim import check_8bit
 from .power_ema import SNAPSHOTS
 from .pretrained import INDEX_FILE, Described, check_resolution, describe
+from .protocols import read_protocol
 from .rows import Rows, open_rows
 from .sample import open_image
 from .settings import difference, flat, from_toml, to_toml
@@ -31,6 +32,7 @@ from .trackers import check_trackers, is_installed
 from .world import World
 
 RUN_FILE = "run.toml"
+EVALUATION = "evaluation"  # folder of what --eval_steps measured
 DTYPES = {
     "no": torch.float32,
     "fp32": torch.float32,
@@ -129,6 +131,8 @@ def make_plan(config: RunConfig, world: World) -> Plan:
     notes = _notes(config, asked_cache, on_gpu=world.device.type == "cuda")
     notes += _sharding_notes(config.precision, world)
     check_trackers(config.output.trackers)
+    if config.evaluation.eval_steps is not None:
+        read_protocol(config.evaluation.eval_protocol, "--eval_protocol")
     _check_output(config.output)
     if config.optim.use_8bit_adam:
         check_8bit(world.device.type)
@@ -227,10 +231,10 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            for name in (INDEX_FILE, LORA_FILE):
+            for name in (INDEX_FILE, LORA_FILE, checkpoint.BEST_FILE):
                 (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
-            for name in ("validation", SNAPSHOTS, plan.config.output.logging_dir):
+            for name in ("validation", EVALUATION, SNAPSHOTS, plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)
         for folder in (output, output / SNAPSHOTS):
             checkpoint.clean(folder)

@@ -29,6 +29,7 @@ METADATA_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # builder of `datas
     "metadata.parquet": ("parquet", {}),
 }
 LEAVES_FOLDER = r"^/|(^|/)\.\.(/|$)"  # a path that is absolute or climbs
+PAPER_CAPTIONS = {"original_prompt": "input", "edited_prompt": "output"}  # of prompt.json
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"  # name or owner/name
 
 
@@ -53,6 +54,10 @@ class Rows(Protocol):
 
     def fingerprint(self) -> str:
         """Changes with the rows, their order, their texts and, by size and time, image files."""
+        ...
+
+    def column(self, name: str) -> list[Any] | None:
+        """What a column that is no image says of each row; None where there is none."""
         ...
 
     def name(self, row: int) -> str:
@@ -89,7 +94,7 @@ class TableRows:
         self._original = _image_column(table, section, "original_image_column", where, folder)
         self._edited = _image_column(table, section, "edited_image_column", where, folder)
         self._prompt = _column(table, section, "edit_prompt_column", where)
-        table = table.with_format(None)
+        table = self._whole = table.with_format(None)
         # Each once, in an order that is not a set's: it is part of the table's fingerprint.
         columns = dict.fromkeys((self._original, self._edited, self._prompt))
         table = table.select_columns([*columns])
@@ -116,6 +121,11 @@ class TableRows:
             facts += [(path, path and _state(self._folder / path)) for path in paths]
         facts += self._table.data.column(self._prompt).to_pylist()
         return _hash(facts)
+
+    def column(self, name: str) -> list[Any] | None:
+        if not isinstance(self._whole.features.get(name), datasets.Value):
+            return None
+        return [*self._whole[name]]
 
     def name(self, row: int) -> str:
         _, path = _bytes_and_path(self._table[row][self._original])
@@ -239,6 +249,17 @@ class PaperRows:
         folder, seeds = self._folder / self._names[row], self._seeds[slice(*self._starts[row:][:2])]
         files = ["prompt.json", *(f"{seed}_{end}.jpg" for seed in seeds for end in (0, 1))]
         return [str(self._names[row]), *([file, _state(folder / file)] for file in files)]
+
+    def column(self, name: str) -> list[Any] | None:
+        """An entry of each prompt.json, by its name or that in the dataset's copy on the hub."""
+        key = PAPER_CAPTIONS.get(name, name)
+        try:
+            return [
+                json.loads((self._folder / folder / "prompt.json").read_bytes())[key]
+                for folder in self._names
+            ]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def name(self, row: int) -> str:
         return f"row {row} ({self._names[row]})"

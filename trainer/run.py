@@ -15,6 +15,7 @@ from .adapter_files import loading, save_adapter
 from .adapters import evaluating
 from .alike import check_alike
 from .audit import AUDIT_FILE, Audit, rows_of_step
+from .best import Evaluation, Evaluator, open_evaluation
 from .cache import CachedPairs
 from .caching import open_cache
 from .captured import Captured
@@ -89,8 +90,9 @@ def _train(
         cached = open_cache(plan, world, stop_requested, dry_run=dry_run)
         if cached is None and not dry_run:
             return False
+    evaluation = open_evaluation(plan, world)
     with world.together():
-        run = Run(plan, world, command, cached)
+        run = Run(plan, world, command, cached, evaluation)
     if world.is_main:
         print(*plan.lines(world), *plan.notes, sep="\n", file=sys.stderr)
     if dry_run:
@@ -104,8 +106,16 @@ def _train(
 class Run:
     """The parts of a run, and what is done with them between steps."""
 
-    def __init__(self, plan: Plan, world: World, command: str, cached: CachedPairs | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        world: World,
+        command: str,
+        cached: CachedPairs | None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
         self.plan, self.world, self.command = plan, world, command
+        self.evaluation = evaluation
         self.job = Job(plan, world, cached)
         self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
@@ -138,7 +148,7 @@ class Run:
         )
         job = self.job
         update = job.update()
-        validator = self._validator()
+        validator, evaluator = self._validator(), self._evaluator()
         with world.together():
             log = self._open_log()
             audit = self._audit(log)
@@ -184,13 +194,18 @@ class Run:
                 saves = self.step % output.checkpointing_steps == 0 or last
                 every = output.ema_snapshot_steps or output.checkpointing_steps
                 keeps = bool(job.kept) and (self.step % every == 0 or last)
-                if not (shows or saves or keeps):
+                judges = evaluator is not None and evaluator.due(self.step, plan.total_steps)
+                if not (shows or saves or keeps or judges):
                     continue
                 with meter.paused():  # validated first: what a checkpoint's step logs is then whole
                     if validator is not None and shows:
                         world.doing(f"validating after step {self.step}")
                         with eager(), evaluating(job.unet):  # its shapes are others
                             validator.run(self.step, job.ema, log)
+                    if evaluator is not None and judges:
+                        world.doing(f"evaluating after step {self.step}")
+                        with eager(), evaluating(job.unet):
+                            saves |= evaluator.run(self.step, job.ema, log)
                     if saves or keeps:
                         self.save(saver, whole=saves, averages=keeps)
             saver.wait()
@@ -291,12 +306,9 @@ class Run:
         plan, section, job = self.plan, self.plan.config.validation, self.job
         if not len(plan.held_out_rows) and plan.validation_image is None:
             return None
-        described, encoders = plan.described, job.encoders
-        parts = described.components(encoders.vae, encoders.text_encoder)
-        pipeline = build_pipeline(described.family, described.zero_null, unet=job.unet, **parts)
         return Validator(
             section,
-            pipeline,
+            self._pipeline(),
             job.encoders,
             job.loss_fn,
             job.pairs,
@@ -308,6 +320,19 @@ class Run:
             batch_size=min(8, plan.config.loop.train_batch_size),
             on_bad_sample=plan.config.data.on_bad_sample,
         )
+
+    def _evaluator(self) -> Evaluator | None:
+        if self.evaluation is None:
+            return None
+        batch_size = min(8, self.plan.config.loop.train_batch_size)
+        return Evaluator(self.evaluation, self._pipeline(), self.step, self.world, batch_size)
+
+    def _pipeline(self) -> Any:
+        """Around the UNet in training, with a sampler of its own."""
+        described, encoders = self.plan.described, self.job.encoders
+        parts = described.components(encoders.vae, encoders.text_encoder)
+        unet = self.job.unet
+        return build_pipeline(described.family, described.zero_null, unet=unet, **parts)
 
     def _validates_every(self) -> int:
         """Optimizer steps between two validations."""

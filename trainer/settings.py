@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from .config import OutputConfig, RunConfig, ValidationConfig
+from .config import EvaluationConfig, OutputConfig, RunConfig, ValidationConfig
 from .errors import UsageError
 
 # The table of what may differ when a run goes on in the same output folder. All else is part of
@@ -38,6 +38,7 @@ MAY_CHANGE = frozenset(
         "precision.plain",
         "precision.enable_xformers_memory_efficient_attention",
         *(f"validation.{f.name}" for f in dataclasses.fields(ValidationConfig)),
+        *(f"evaluation.{f.name}" for f in dataclasses.fields(EvaluationConfig)),
         *(f"output.{f.name}" for f in dataclasses.fields(OutputConfig)),
     }
 )

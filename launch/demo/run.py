@@ -22,8 +22,8 @@ from PIL.Image import Image as PILImage
 from tqdm import tqdm
 
 from ...trainer.draws import Purpose, draw_normal
-from ...trainer.evaluate import mean_by_kind, psnr
 from ...trainer.files import write_text
+from ...trainer.metrics import mean_by_kind, psnr
 from ...trainer.sample import edit_images, grid
 from ..cli import torchrun
 from ..train import quiet_libraries
@@ -158,7 +158,7 @@ def _train(size: Size, output: Path, data: Path, from_scratch: bool) -> int:
     if from_scratch:
         flags["unet"] = _random_unet(output / "scratch-unet")
     return torchrun(
-        "train", ranks, None, ["--use_ema", *(f"--{name}={flags[name]}" for name in flags)]
+        "train", ranks, [], ["--use_ema", *(f"--{name}={flags[name]}" for name in flags)]
     )
 
 
