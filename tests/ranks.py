@@ -104,8 +104,8 @@ def _rank(
     flags: list[str],
     log: str,
     threads: int,
-    module: str,
-    host: str | None,
+    module: str = "train",
+    host: str | None = None,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
