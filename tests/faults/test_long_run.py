@@ -8,8 +8,9 @@ import statistics
 from itertools import pairwise
 
 import pytest
+from diffusers import UNet2DConditionModel
 from long_run import PART_BYTES, Counted
-from tiny import save_tiny_inputs
+from tiny import TEXT_WIDTH, save_tiny_inputs
 
 from fusedit.trainer.log import LOG_FILE, parts_of, read_lines
 
@@ -18,7 +19,17 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 8)
+    folder = save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 8)
+    UNet2DConditionModel(  # a few milliseconds a step
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=TEXT_WIDTH,
+    ).save_pretrained(folder / "small")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -30,6 +41,7 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     every = steps // checkpoints
     flags = [
         f"--pretrained_model_name_or_path={inputs / 'base'}",
+        f"--unet={inputs / 'small'}",
         f"--train_data_dir={inputs / 'data'}",
         "--resolution=8",
         "--center_crop",
