@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -176,12 +177,17 @@ def test_a_job_that_is_warned_is_requeued_and_no_other(tmp_path, end, code, requ
     told = {"STUBS": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
     told |= {"SLURM_JOB_NODELIST": "host[0-1]"}
     env = _stubs(tmp_path, fusedit=run, **SLURM_STUBS) | told
-    job = subprocess.Popen(["bash", SLURM, "--output_dir", "out"], env=env)
-    while job.poll() is None and not (tmp_path / "ready").exists():
-        time.sleep(0.01)
-    if requeued:
-        os.kill(job.pid, signal.SIGUSR1)
-    assert job.wait(20) == code
+    command = ["bash", SLURM, "--output_dir", "out"]
+    job = subprocess.Popen(command, env=env, start_new_session=True)
+    try:
+        while job.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        if requeued:
+            os.kill(job.pid, signal.SIGUSR1)
+        assert job.wait(20) == code
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
     assert (tmp_path / "told").exists() == requeued
     if requeued:
         assert (tmp_path / "told").read_text() == "requeue 7\n"
