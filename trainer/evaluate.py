@@ -89,9 +89,10 @@ def open_extractors(
         try:
             one = KINDS[kind](place, device)
         except UsageError as error:
+            told = str(error).replace(f"--{kind}", f"--{flag}{kind}", 1)
             if asked:
-                raise UsageError(str(error).replace(f"--{kind}", f"--{flag}{kind}", 1)) from None
-            missing[kind] = str(error)
+                raise UsageError(told) from None
+            missing[kind] = told
             continue
         if pinned is not None and pinned.sha256 not in (UNPINNED, one.sha256):
             raise UsageError(

@@ -78,8 +78,8 @@ def test_the_best_is_told_once_it_is_better(evaluator, tmp_path):
 
 
 def test_what_was_measured_after_the_checkpoint_is_forgotten(evaluator, tmp_path):
-    log, own = RunLog.silent(), evaluator(0, [20.0, 22.0])
-    assert [own.run(step, None, log) for step in (2, 4)] == [True, True]
+    log, own = RunLog.silent(), evaluator(0, [20.0, 22.0, 23.0])
+    assert [own.run(step, None, log) for step in (2, 4, 6)] == [True, True, True]
     again = evaluator(2, [21.0])
     assert again.run(4, None, log)
     assert told(tmp_path)["values"] == {"2": 20.0, "4": 21.0}
