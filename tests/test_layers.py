@@ -26,8 +26,8 @@ TRAINER = [
     "recompute", "sharding", "unet", "compiled", "pretrained", "ema", "power_ema", "optim", "step",
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
     "cache_build", "cache", "trackers", "log", "meter", "sample", "export", "adapter_files",
-    "post_hoc", "validate", "evaluate", "plan", "exporting", "caching", "gpus", "blank", "counting",
-    "estimate", "prediction", "trial", "job", "run",
+    "post_hoc", "validate", "evaluate", "quarantine", "plan", "exporting", "caching", "gpus",
+    "blank", "counting", "estimate", "prediction", "trial", "job", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {"torch.load", "torch.save", "trust_remote_code", "eval", "exec"}

@@ -24,6 +24,7 @@ from .files import write_text
 from .optim import check_8bit
 from .power_ema import SNAPSHOTS
 from .pretrained import INDEX_FILE, Described, check_resolution, describe
+from .quarantine import QUARANTINE
 from .rows import Rows, open_rows
 from .sample import open_image
 from .settings import difference, flat, from_toml, to_toml
@@ -221,7 +222,7 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            for name in (INDEX_FILE, LORA_FILE):
+            for name in (INDEX_FILE, LORA_FILE, QUARANTINE):
                 (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
             for name in ("validation", SNAPSHOTS, plan.config.output.logging_dir):

@@ -27,6 +27,7 @@ from .meter import Meter
 from .optim import schedule
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
+from .quarantine import Quarantine
 from .sample import build_pipeline
 from .settings import flat
 from .step import Rates
@@ -119,6 +120,7 @@ class Run:
         job = self.job
         update = job.update()
         validator = self._validator()
+        quarantine = Quarantine(plan.output, len(plan.train_rows), data.max_bad_fraction, world)
         log = self._open_log()
         for line in job.fused:
             log.note(line)
@@ -131,12 +133,14 @@ class Run:
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
                     self.save()
+                    if verdict is Verdict.NO_DATA:
+                        raise UsageError(messages[0])
                     if verdict is Verdict.BAD_SAMPLE:
                         raise UsageError(f"{messages[0]}; --on_bad_sample skip goes on without it")
                     log.note(f"stopped after step {self.step}; the same command goes on from here")
                     return False
-                for message in messages:
-                    log.note(f"skipped: {message}")
+                if messages:
+                    self._skip(messages, quarantine, log)
                 lr = lr_at(self.step)
                 rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
                 result = update(job.samples(window), rates)
@@ -170,6 +174,15 @@ class Run:
             if isinstance(update, Captured):
                 update.close()
             log.close()
+
+    def _skip(self, messages: list[str], quarantine: Quarantine, log: RunLog) -> None:
+        """Puts rows into the quarantine. Raises: UsageError, after a checkpoint: it is full."""
+        for message in quarantine.add(messages):
+            log.note(f"skipped: {message}")
+        complaint = quarantine.complaint()
+        if complaint is not None:
+            self.save()
+            raise UsageError(complaint)
 
     # Checkpoints and export.
 

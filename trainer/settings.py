@@ -23,6 +23,9 @@ MAY_CHANGE = frozenset(
         "loop.bucket_mb",
         "model.cache_dir",
         "data.on_bad_sample",
+        "data.max_bad_fraction",
+        "data.max_image_pixels",
+        "data.allow_outside_files",
         "data.cache_latents",  # --cache_crops may not: they are other samples
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",

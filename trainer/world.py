@@ -91,8 +91,15 @@ class World:
 
     def texts(self, text: str) -> list[str]:
         """Each rank's text, cut to MESSAGE_BYTES, in the order of ranks."""
-        mine = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        encoded = text.encode()[:MESSAGE_BYTES]
+        return self._texts(text.encode()[:MESSAGE_BYTES], MESSAGE_BYTES)
+
+    def whole_texts(self, text: str) -> list[str]:
+        """As `texts`, however long they are."""
+        encoded = text.encode()
+        return self._texts(encoded, self.highest(len(encoded)))
+
+    def _texts(self, encoded: bytes, size: int) -> list[str]:
+        mine = torch.zeros(size, dtype=torch.uint8)
         mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         return [bytes(t.tolist()).rstrip(b"\0").decode(errors="ignore") for t in self.gather(mine)]
 
