@@ -3,6 +3,7 @@
     fusedit train [--nproc_per_node N] FLAGS   torchrun on this machine's devices
     fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
+    fusedit check-data [--report DIR] FLAGS    what is wrong with the data of such a run
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
     fusedit ema RUN --length L --out FOLDER    a run's pipeline with averages of another length
     fusedit export RUN [--merge] [--out DIR]   a run's checkpoint as a pipeline, its LoRA merged
@@ -36,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import plan
 
         return plan.main(rest)
+    if command == "check-data":
+        from . import check_data
+
+        return check_data.main(rest)
     if command == "edit":
         from . import edit
 

@@ -117,6 +117,7 @@ def _load(model: str, device: torch.device) -> Any:
         index: Any = DiffusionPipeline.load_config(model)
         pipeline = family_by_parts(index).pipeline.from_pretrained(
             model,
+            use_safetensors=True,
             low_cpu_mem_usage=False,  # else a warning where accelerate is not installed
         )
     except (HTTPError, OSError, ValueError, TypeError) as error:

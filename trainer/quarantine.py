@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .files import cannot_write
-from .rows import BAD_SAMPLE
+from .rows import parts_of
 from .world import World
 
 QUARANTINE = "quarantine.jsonl"
@@ -72,14 +72,6 @@ class Quarantine:
                 file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise cannot_write(self._path, error) from None
-
-
-def parts_of(error: str) -> tuple[int, str | None, str]:
-    """Row, file and reason of what BadSample said. Raises: ValueError: it is none of it."""
-    found = BAD_SAMPLE.fullmatch(error)
-    if found is None:
-        raise ValueError(f"{error!r} does not begin with a row")
-    return int(found[1]), found[2], found[3]
 
 
 def _rows_in(path: Path) -> set[int]:

@@ -47,6 +47,14 @@ class BadSample(Exception):
         return told.encode(errors="backslashreplace").decode()
 
 
+def parts_of(error: str) -> tuple[int, str | None, str]:
+    """Row, file and reason of what BadSample said. Raises: ValueError: it is none of it."""
+    found = BAD_SAMPLE.fullmatch(error)
+    if found is None:
+        raise ValueError(f"{error!r} does not begin with a row")
+    return int(found[1]), found[2], found[3]
+
+
 class Rows(Protocol):
     """The pairs of a dataset, by row number. Picklable, for the workers of a loader."""
 

@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset(
     }
 )
 _SECRET = {"output.hub_token"}
+_SECRET_NAMES = {path.split(".")[1] for path in _SECRET}
 _OF_ONE_START = {"output.overwrite", "output.resume_from_checkpoint"}
 
 
@@ -128,4 +129,5 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
             if value in get_args(option):
                 return value
             allowed += get_args(option)
-    raise UsageError(f"{source}: {name} must be {' or '.join(allowed)}, got {value!r}")
+    got = type(value).__name__ if name in _SECRET_NAMES else repr(value)
+    raise UsageError(f"{source}: {name} must be {' or '.join(allowed)}, got {got}")

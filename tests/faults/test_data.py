@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from faulty import RED, bomb, encoded, opened, save_set
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,18 +26,10 @@ from fusedit.launch import train
 from fusedit.trainer.config import REFUSED_PIXELS, WARNED_PIXELS, DataConfig, LoopConfig
 from fusedit.trainer.data import EditPairs, make_tokenize
 from fusedit.trainer.images import image_size, load_image
-from fusedit.trainer.quarantine import QUARANTINE, Quarantine, parts_of
-from fusedit.trainer.rows import BadSample, open_rows
+from fusedit.trainer.quarantine import QUARANTINE, Quarantine
+from fusedit.trainer.rows import BadSample, parts_of
 from fusedit.trainer.windows import Verdict, Windows
 from fusedit.trainer.world import World
-
-RED = (255, 0, 0)
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def noise(width=40, height=30):
@@ -58,11 +51,6 @@ def png_of_size(width, height):
         + chunk(b"IDAT", zlib.compress(bytes(99)))
         + chunk(b"IEND", b"")
     )
-
-
-def bomb(side):
-    """A whole PNG of this many black pixels a side, some kB long."""
-    return encoded(Image.new("1", (side, side)), optimize=True)
 
 
 def palette(**options):
@@ -105,24 +93,6 @@ READABLE = {  # what is seen, and its first pixel
     "an animated WebP": (animated("WEBP"), (3, 2), RED),
     "several pages": (animated("TIFF"), (3, 2), RED),
 }
-
-
-def save_set(folder, images, prompts=None):
-    """A folder of pairs of each of these images, original and edited alike."""
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for row, data in enumerate(images):
-        (folder / f"{row}.png").write_bytes(data)
-        prompt = "make it red" if prompts is None else prompts[row]
-        line = {"input_image": f"{row}.png", "edited_image": f"{row}.png", "edit_prompt": prompt}
-        lines.append(json.dumps(line) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
-    return folder
-
-
-def opened(folder, **settings):
-    section = DataConfig(train_data_dir=str(folder), resolution=16, **settings)
-    return open_rows(section, cache_dir=str(folder.parent / "cache"))
 
 
 # Images.
