@@ -136,8 +136,17 @@ def read(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads what a checkpoint says beside its tensors."""
-    return json.loads((folder / "state.json").read_text())
+    """Reads what a checkpoint says beside its tensors.
+
+    Raises: UsageError: it does not say its step.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{folder / 'state.json'} cannot be read: {error!r}") from None
+    return state
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -169,7 +178,7 @@ def broken(folder: Path) -> str | None:
                 return difference
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 

@@ -397,6 +397,8 @@ def _find_checkpoint(config: RunConfig, global_batch: int) -> tuple[Path | None,
         found, passed_over = _named_checkpoint(output, asked), []
     if found is not None:
         state = checkpoint.read_state(found)
+        if not isinstance(state.get("settings"), dict) or "global_batch" not in state:
+            raise UsageError(f"{found} is no checkpoint of a run: its state.json has no settings")
         _check_same_run(config, state["settings"], found)
         if state["global_batch"] != global_batch:
             raise UsageError(

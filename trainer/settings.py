@@ -89,7 +89,7 @@ def from_toml(path: Path, flag: str = "--config ") -> RunConfig:
             values = tomllib.load(file)
     except FileNotFoundError:
         raise UsageError(f"{flag}{path}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # not TOML, or not even UTF-8
         raise UsageError(f"{flag}{path}: {error}") from None
     return from_values(values, source=f"{flag}{path}")
 
