@@ -43,6 +43,7 @@ OTHER_FLAGS |= {
     "warm_up",
 }  # of benchmarks, whose own tests hold them
 OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan
+OTHER_FLAGS |= {"report"}  # of fusedit check-data
 
 
 def blocks(language: str) -> list[str]:
@@ -72,6 +73,9 @@ def check_command(words: list[str]) -> None:
         case ["fusedit", "plan", "--gpu", gpu, *flags]:
             assert gpu in GPUS
             check_train(flags)
+        case ["fusedit", "check-data", *flags]:
+            at = flags.index("--report")
+            check_train(flags[:at] + flags[at + 2 :])
         case ["torchrun", *rest]:
             arguments = parse_torchrun(rest)
             jobs = ("fusedit.launch.train", "fusedit.launch.cache")
