@@ -4,6 +4,7 @@
     fusedit cache [--nproc_per_node N] FLAGS   encodes the data of such a run into --cache_latents
     fusedit doctor [--json FILE] FLAGS         what would stop or slow such a run, before it starts
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
+    fusedit check-data [--report DIR] FLAGS    what is wrong with the data of such a run
     fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
     fusedit evaluate MODEL --out FOLDER        measures a model's edits by a protocol
     fusedit compare A.json B.json              two such results side by side
@@ -57,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import plan
 
         return plan.main(rest)
+    if command == "check-data":
+        from . import check_data
+
+        return check_data.main(rest)
     if command == "edit":
         from . import edit
 

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,15 +41,24 @@ def parse(argv: list[str], quiet: bool = False) -> TrainFlags:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     path = first.parse_known_args(argv)[0].config
-    return tyro.cli(
+    default = from_toml(path) if path else RunConfig()
+    token = default.output.hub_token
+    told = tyro.cli(
         TrainFlags,
         prog="fusedit train",
         # Apart, or the value counts when tyro looks for the nearest name.
         args=[part for word in argv for part in _apart(word)],
-        default=TrainFlags(run=from_toml(path) if path else RunConfig(), config=path),
+        # Help tells the defaults, which a file's token is not to be among.
+        default=TrainFlags(run=_with_token(default, None), config=path),
         use_underscores=True,
         console_outputs=not quiet,
     )
+    own = told.run.output.hub_token
+    return replace(told, run=_with_token(told.run, token if own is None else own))
+
+
+def _with_token(run: RunConfig, token: str | None) -> RunConfig:
+    return replace(run, output=replace(run.output, hub_token=token))
 
 
 def _apart(word: str) -> list[str]:

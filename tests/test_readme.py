@@ -52,6 +52,7 @@ OTHER_FLAGS |= {
 }  # of benchmarks, whose own tests hold them
 OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan and doctor
 OTHER_FLAGS |= {*OF_TORCHRUN, "signal", "signals"}  # torchrun's, Slurm's --signal
+OTHER_FLAGS |= {"report"}  # of fusedit check-data
 
 
 def blocks(language: str) -> list[str]:
@@ -87,6 +88,9 @@ def check_command(words: list[str]) -> None:
         case ["fusedit", "plan", "--gpu", gpu, *flags]:
             assert gpu in GPUS
             check_train(flags)
+        case ["fusedit", "check-data", *flags]:
+            at = flags.index("--report")
+            check_train(flags[:at] + flags[at + 2 :])
         case ["torchrun", *rest]:
             arguments = parse_torchrun(rest)
             jobs = ("fusedit.launch.train", "fusedit.launch.cache", "fusedit.launch.doctor")

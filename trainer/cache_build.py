@@ -177,6 +177,7 @@ class Build:
         self.cache, self.encoders, self.section = cache, encoders, section
         self.world, self.encode_at_once = world, encode_at_once
         self.done, self.written = done, written
+        self.bad = 0  # pairs that this rank could not read
 
     def pairs(
         self,
@@ -224,7 +225,8 @@ class Build:
             with self.world.together():
                 if number < len(mine):
                     own = list(mine[number])
-                    self._write_pairs(missing[own], int(of_unit[own[0]]), loader)
+                    most = self.section.max_bad_fraction * len(missing)
+                    self._write_pairs(missing[own], int(of_unit[own[0]]), loader, most)
             if self.world.highest(stop_requested()):
                 return False
         return True
@@ -257,7 +259,9 @@ class Build:
         each = max(1, -(-total // max(rounds * self.world.size, 1)))
         return [range(start, min(start + each, total)) for start in range(0, total, each)]
 
-    def _write_pairs(self, units: np.ndarray, bucket: int, loader: Iterator[VisitBatch]) -> None:
+    def _write_pairs(
+        self, units: np.ndarray, bucket: int, loader: Iterator[VisitBatch], most_bad: float
+    ) -> None:
         shape, of_pair = self.cache.shape, self.cache.shape.latents_shape(bucket)
         latents = torch.empty(len(units), shape.variants, *of_pair[2:], dtype=shape.dtype)
         size_ids = torch.empty(len(units), shape.variants, SIZE_IDS)
@@ -278,6 +282,13 @@ class Build:
             latents[here], size_ids[here] = self._encode(batch), batch.size_ids
             tokens += batch.tokens.to(torch.int32)
             self.done(count)
+        self.bad += len(bad)
+        if self.bad > most_bad:  # before they are written, for the fault may be the disk's
+            raise UsageError(
+                f"{self.bad} pairs cannot be encoded, more than --max_bad_fraction "
+                f"{self.section.max_bad_fraction:g} of them, the last: "
+                f"{next(reversed(bad.values()))}; mend the data, or allow more"
+            )
         name = self.cache.write(
             "pairs",
             {

@@ -18,6 +18,7 @@ cache serves every choice of rows, and grows by those that it lacks.
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,8 @@ from .files import cannot_write, differs, write_tensors, write_text
 from .pretrained import Described
 
 MANIFEST = "manifest.json"
+SHARD = re.compile(r"(pairs|texts)-[0-9a-f]{16}\.safetensors")
+BAD_PAIR = re.compile(r"\d{1,12} \d{1,7}")  # row and pair
 Kind = Literal["pairs", "texts"]
 
 
@@ -103,7 +106,7 @@ class CacheFolder:
         own = {}  # read before the manifest, for another process may be moving them there
         for path in self._own_lines():
             with suppress(FileNotFoundError):
-                own[f"{path.stem}.safetensors"] = json.loads(path.read_text())
+                own |= shards_of({f"{path.stem}.safetensors": _json_in(path)}, path)
         found = self._in_manifest() | own
         return {
             name: facts
@@ -198,14 +201,49 @@ class CacheFolder:
         path = self.folder / MANIFEST
         if not path.exists():
             return {}
+        manifest = _json_in(path)
         try:
-            manifest = json.loads(path.read_text())
-            key, shards = manifest["key"], dict(manifest["shards"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            key, shards = manifest["key"], manifest["shards"]
+        except (LookupError, TypeError) as error:
             raise UsageError(f"{path} cannot be read ({error}); delete {self.folder}") from None
         if key != self.parts:
             raise UsageError(f"{path} is of another cache; delete {self.folder}")
-        return shards
+        return shards_of(shards, path)
 
     def _own_lines(self) -> list[Path]:
-        return [path for path in self.folder.glob("*.json") if path.name != MANIFEST]
+        files = self.folder.glob("*.json")
+        return [path for path in files if SHARD.fullmatch(f"{path.stem}.safetensors")]
+
+
+def shards_of(said: Any, where: Path | str) -> dict[str, dict[str, Any]]:
+    """{name: facts} as a file has them, once they are known to be that.
+
+    Args:
+        where: the file.
+
+    Raises: UsageError: they are not, or a name is none of a shard's.
+    """
+    if isinstance(said, dict) and all(map(_is_shard, said, said.values())):
+        return said
+    raise UsageError(f"{where} does not hold the names and hashes of shards; delete it")
+
+
+def _is_shard(name: str, facts: Any) -> bool:
+    if not (SHARD.fullmatch(name) and isinstance(facts, dict) and type(facts.get("bytes")) is int):
+        return False
+    bad = facts.get("bad")
+    return (
+        isinstance(facts.get("sha256"), str)
+        and isinstance(bad, dict)
+        and all(BAD_PAIR.fullmatch(k) and isinstance(v, str) for k, v in bad.items())
+    )
+
+
+def _json_in(path: Path) -> Any:
+    """Raises: FileNotFoundError; UsageError: it holds something else."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete it") from None

@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from .cache_files import MANIFEST, CacheFolder
+from .cache_files import MANIFEST, CacheFolder, shards_of
 from .errors import UsageError
 from .files import beside, differs, put_in_place, write_text
 
@@ -41,8 +41,11 @@ class Remote:
             found: dict[str, dict[str, Any]] = {}
             for name in sorted(name for name in names if name.endswith(".json")):
                 said = json.loads(self._files.cat_file(self._at(name)))
-                is_manifest = name == MANIFEST
-                found |= said["shards"] if is_manifest else {f"{Path(name).stem}.safetensors": said}
+                if name == MANIFEST:
+                    said = said["shards"]
+                else:
+                    said = {f"{Path(name).stem}.safetensors": said}
+                found |= shards_of(said, self._at(name))
             return {name: facts for name, facts in found.items() if name in names}
 
     def fetch(self, names: Sequence[str], shards: dict[str, dict[str, Any]]) -> None:
@@ -90,7 +93,7 @@ class Remote:
     def _blamed(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
             if isinstance(error, UsageError):
                 raise
             reason = str(error).partition("\n")[0]

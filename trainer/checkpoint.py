@@ -138,8 +138,17 @@ def read(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads what a checkpoint says beside its tensors."""
-    return json.loads((folder / STATE).read_text())
+    """Reads what a checkpoint says beside its tensors.
+
+    Raises: UsageError: it does not say its step.
+    """
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{folder / STATE} cannot be read: {error!r}") from None
+    return state
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -173,7 +182,7 @@ def broken(folder: Path) -> str | None:
                 return difference
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 

@@ -22,6 +22,8 @@ Keeps = Literal["nothing", "attention", "products"]
 Sharding = Literal["ddp", "fsdp", "hsdp"]
 CACHE_OFF = "off"  # as --cache_latents
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+WARNED_PIXELS = 89_478_485  # of an image: above it Pillow warns of a decompression bomb
+REFUSED_PIXELS = 2 * WARNED_PIXELS  # and above this it reads none
 
 
 def _at_least(flag: str, value: float | None, least: float) -> None:
@@ -74,6 +76,9 @@ class DataConfig:
     max_train_samples: int | None = None  # train on this many rows, drawn with --seed
     held_out: int = 0  # ours: rows kept out of training, for the held-out loss and pictures
     on_bad_sample: Literal["stop", "skip"] = "stop"  # ours: an unreadable image stops or is skipped
+    max_bad_fraction: float = 0.05  # ours: of the rows that may be skipped; more stop the run
+    max_image_pixels: int = WARNED_PIXELS  # ours: an image of more, by its header, is unreadable
+    allow_outside_files: bool = False  # ours: images may be links out of the dataset's folder
     dataloader_num_workers: int = 0  # processes that decode images, for each rank
     dataloader_prefetch: int = 4  # ours: micro-batches each worker keeps ready
     resolution: int = 256  # pixels, side of the square that is trained on
@@ -93,6 +98,13 @@ class DataConfig:
         _at_least("held_out", self.held_out, 0)
         _at_least("dataloader_num_workers", self.dataloader_num_workers, 0)
         _at_least("dataloader_prefetch", self.dataloader_prefetch, 1)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise UsageError(f"--max_bad_fraction is from 0 to 1, got {self.max_bad_fraction}")
+        if not 1 <= self.max_image_pixels <= REFUSED_PIXELS:
+            raise UsageError(
+                f"--max_image_pixels must be from 1 to {REFUSED_PIXELS}, above which Pillow reads "
+                f"no image; got {self.max_image_pixels}"
+            )
         if self.max_resize is not None:
             _at_least("max_resize", self.max_resize, self.resolution)
         _at_least("cache_crops", self.cache_crops, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -63,7 +63,12 @@ def load_safety(section: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         if index.get("safety_checker", [None])[0] is None:
             return {}
         checker = StableDiffusionSafetyChecker.from_pretrained(
-            base, subfolder="safety_checker", variant=section.variant, dtype=dtype, **place
+            base,
+            subfolder="safety_checker",
+            variant=section.variant,
+            dtype=dtype,
+            use_safetensors=True,
+            **place,
         )
         extractor = CLIPImageProcessor.from_pretrained(base, subfolder="feature_extractor", **place)
     except (OSError, ValueError) as error:
@@ -302,9 +307,9 @@ def _repository(section: OutputConfig) -> str:
 
 
 def _cannot_push(section: OutputConfig, error: Exception) -> UsageError:
-    reason = _line(error)
-    if section.hub_token:
-        reason = reason.replace(section.hub_token, "***")
+    reason = without_secrets(_line(error))
+    for token in filter(None, (section.hub_token, get_token())):
+        reason = reason.replace(token, "***")
     return UsageError(
         f"--push_to_hub {_repository(section)}: {reason}; log in with `hf auth login`, or give "
         "--hub_token and --hub_model_id"

@@ -25,6 +25,7 @@ from .optim import check_8bit
 from .power_ema import SNAPSHOTS
 from .pretrained import INDEX_FILE, Described, check_resolution, describe
 from .protocols import read_protocol
+from .quarantine import QUARANTINE
 from .rows import Rows, open_rows
 from .sample import open_image
 from .settings import difference, flat, from_toml, to_toml
@@ -231,7 +232,7 @@ def claim_output(plan: Plan) -> None:
     output = plan.output
     try:
         if plan.config.output.overwrite:
-            for name in (INDEX_FILE, LORA_FILE, checkpoint.BEST_FILE):
+            for name in (INDEX_FILE, LORA_FILE, checkpoint.BEST_FILE, QUARANTINE):
                 (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
             for name in ("validation", EVALUATION, SNAPSHOTS, plan.config.output.logging_dir):
@@ -405,7 +406,10 @@ def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
     else:
         found, passed_over = _named_checkpoint(output, asked), []
     if found is not None:
-        _check_same_run(config, checkpoint.read_state(found)["settings"], found)
+        state = checkpoint.read_state(found)
+        if not isinstance(state.get("settings"), dict) or "global_batch" not in state:
+            raise UsageError(f"{found} is no checkpoint of a run: its state.json has no settings")
+        _check_same_run(config, state["settings"], found)
     return found, passed_over
 
 

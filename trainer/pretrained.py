@@ -20,6 +20,7 @@ from .families import Family, Text, TextEncoder, family_by_parts
 from .unet import grow_conv_in
 
 INDEX_FILE = "model_index.json"  # diffusers reads it first
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # weights' files
 CHANNELS = (4, 8)  # of a UNet that can be trained: text-to-image, or already an editing one
 
 
@@ -94,6 +95,8 @@ def describe(section: ModelConfig) -> Described:
         )
     vae = _read_config(section, "vae", "config.json")
     scheduler = _read_config(section, "scheduler", SCHEDULER_CONFIG_NAME)
+    for part in ("unet", "vae", *family.text_encoders):
+        _check_weights(section, part)
     if "block_out_channels" not in vae or "scaling_factor" not in vae:
         raise UsageError(f"{section.pretrained_model_name_or_path}: vae/config.json is incomplete")
     if scheduler.get("prediction_type", "epsilon") not in PREDICTIONS:
@@ -189,6 +192,7 @@ def _load(cls: Any, section: ModelConfig, part: str) -> Any:
         "cache_dir": section.cache_dir,
     }
     if cls is not CLIPTokenizer:
+        options["use_safetensors"] = True
         # The reference reads the UNet from its plain files, for they are what is trained.
         options["variant"] = None if part == "unet" else section.variant
     try:
@@ -196,6 +200,20 @@ def _load(cls: Any, section: ModelConfig, part: str) -> Any:
     except (OSError, ValueError, TypeError) as error:
         raise _cannot_load(section, part, error) from None
     return loaded.float() if isinstance(loaded, nn.Module) else loaded
+
+
+def _check_weights(section: ModelConfig, part: str) -> None:
+    """Raises UsageError for a folder whose weights can only be had by running what is in them."""
+    source, subfolder, flag = _place(section, part)
+    folder = Path(source, subfolder or "")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise UsageError(
+            f"{flag} {source}: of its {part} there is {min(pickled)} and no .safetensors; pickled "
+            "weights can run code and are never loaded: save it anew with safe_serialization=True "
+            "where you trust it"
+        )
 
 
 def _revision(section: ModelConfig, part: str | None) -> str | None:

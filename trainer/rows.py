@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import datasets
+import huggingface_hub
 import numpy as np
+from datasets import config
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
 
 from .config import DataConfig
 from .errors import UsageError
-from .images import image_size, load_image
+from .images import Files
 
 Found = TypeVar("Found")
 
@@ -31,6 +33,7 @@ METADATA_READERS: dict[str, tuple[str, dict[str, Any]]] = {  # builder of `datas
 LEAVES_FOLDER = r"^/|(^|/)\.\.(/|$)"  # a path that is absolute or climbs
 PAPER_CAPTIONS = {"original_prompt": "input", "edited_prompt": "output"}  # of prompt.json
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"  # name or owner/name
+BAD_SAMPLE = re.compile(r"row (\d+)(?: \((.*?)\))?: (.*)")  # as its str(): row, file, reason
 
 
 class BadSample(Exception):
@@ -40,7 +43,17 @@ class BadSample(Exception):
         super().__init__(name, reason)
 
     def __str__(self) -> str:
-        return ": ".join(self.args)
+        """One line that any stream takes, whatever a file is called."""
+        told = " ".join(": ".join(self.args).splitlines())
+        return told.encode(errors="backslashreplace").decode()
+
+
+def parts_of(error: str) -> tuple[int, str | None, str]:
+    """Row, file and reason of what BadSample said. Raises: ValueError: it is none of it."""
+    found = BAD_SAMPLE.fullmatch(error)
+    if found is None:
+        raise ValueError(f"{error!r} does not begin with a row")
+    return int(found[1]), found[2], found[3]
 
 
 class Rows(Protocol):
@@ -86,11 +99,17 @@ class TableRows:
     """Rows of a `datasets` table, whose images are bytes or files, or paths inside a folder."""
 
     def __init__(
-        self, table: datasets.Dataset, section: DataConfig, where: str, folder: Path | None
+        self,
+        table: datasets.Dataset,
+        section: DataConfig,
+        where: str,
+        folder: Path | None,
+        cache_dir: str | None = None,
     ) -> None:
         if len(table) == 0:
             raise UsageError(f"{where} has no rows in --dataset_split {section.dataset_split}")
         self._folder = folder or Path()  # of what came from the hub, paths are absolute
+        self._files = Files(section, [folder] if folder else _downloads(cache_dir))
         self._original = _image_column(table, section, "original_image_column", where, folder)
         self._edited = _image_column(table, section, "edited_image_column", where, folder)
         self._prompt = _column(table, section, "edit_prompt_column", where)
@@ -132,13 +151,19 @@ class TableRows:
         return self._name(row, path)
 
     def read(self, row: int, draw: float) -> tuple[Image.Image, Image.Image, str]:
-        record = self._table[row]
-        original = self._opened(row, record, self._original, load_image)
-        edited = self._opened(row, record, self._edited, load_image)
-        prompt = record[self._prompt]
-        if not isinstance(prompt, str):
-            raise BadSample(self.name(row), f"{self._prompt} is {prompt!r}, not text")
-        return original, edited, prompt
+        record = self._record(row)
+        original = self._opened(row, record, self._original, self._files.load)
+        edited = self._opened(row, record, self._edited, self._files.load)
+        try:
+            return original, edited, _text(record[self._prompt])
+        except ValueError as error:
+            raise BadSample(self.name(row), f"{self._prompt} {error}") from None
+
+    def _record(self, row: int) -> dict[str, Any]:
+        try:
+            return self._table[row]
+        except (OSError, ValueError) as error:  # pyarrow's too are of these
+            raise BadSample(f"row {row}", f"it cannot be read from its table: {error}") from None
 
     def _name(self, row: int, path: str | None) -> str:
         if path is None:
@@ -147,7 +172,7 @@ class TableRows:
         return f"row {row} ({Path(path).relative_to(self._folder) if inside else path})"
 
     def size(self, row: int) -> tuple[int, int]:
-        return self._opened(row, self._table[row], self._original, image_size)
+        return self._opened(row, self._record(row), self._original, self._files.size)
 
     def _opened(
         self,
@@ -214,8 +239,8 @@ class PaperRows:
     Source: timothybrooks/instruct-pix2pix, edit_dataset.py.
     """
 
-    def __init__(self, folder: Path, where: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, where: str, section: DataConfig) -> None:
+        self._folder, self._files = folder, Files(section, [folder])
         try:
             entries = json.loads((folder / "seeds.json").read_bytes())
             names = [name for name, _ in entries]
@@ -268,17 +293,21 @@ class PaperRows:
         start, end = self._starts[row : row + 2]
         seed = self._seeds[start + int(draw * (end - start))]
         try:
-            described = (self._folder / self._names[row] / "prompt.json").read_bytes()
-            prompt = json.loads(described)["edit"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            described = self._files.inside(self._folder / self._names[row] / "prompt.json")
+            prompt = json.loads(described.read_bytes())["edit"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadSample(self.name(row), f'prompt.json gives no "edit": {error!r}') from error
-        if not isinstance(prompt, str):
-            raise BadSample(self.name(row), f'"edit" in prompt.json is {prompt!r}, not text')
-        original, edited = (self._opened(row, f"{seed}_{end}.jpg", load_image) for end in (0, 1))
+        try:
+            prompt = _text(prompt)
+        except ValueError as error:
+            raise BadSample(self.name(row), f'"edit" in prompt.json {error}') from None
+        original, edited = (
+            self._opened(row, f"{seed}_{end}.jpg", self._files.load) for end in (0, 1)
+        )
         return original, edited, prompt
 
     def size(self, row: int) -> tuple[int, int]:
-        return self._opened(row, f"{self._seeds[self._starts[row]]}_0.jpg", image_size)
+        return self._opened(row, f"{self._seeds[self._starts[row]]}_0.jpg", self._files.size)
 
     def _opened(self, row: int, file: str, open_it: Callable[[Path], Found]) -> Found:
         path = f"{self._names[row]}/{file}"
@@ -288,11 +317,29 @@ class PaperRows:
             raise BadSample(f"row {row} ({path})", str(error)) from error
 
 
+def _downloads(cache_dir: str | None) -> list[Path]:
+    """Where the files of a dataset from the hub lie."""
+    own = [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
+    hub = huggingface_hub.constants.HF_HUB_CACHE
+    return [Path(at) for at in (*own, hub, cache_dir) if at is not None]
+
+
+def _text(value: Any) -> str:
+    """An instruction as it was found, if that is what it is. Raises: ValueError: it is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"is {value!r}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"is {value[:100]!r}, which holds half a character") from None
+    return value
+
+
 def _state(path: Path) -> tuple[int, int] | None:
     """Size and time of change of a file; None where there is none."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name may hold what none can
         return None
     return found.st_size, found.st_mtime_ns
 
@@ -328,10 +375,11 @@ def open_rows(section: DataConfig, cache_dir: str | None = None) -> Rows:
         if flag == "train_data_dir" or folder.exists() or not re.fullmatch(HUB_NAME, source):
             raise UsageError(f"{where} is not a folder")
         where += " (not a folder here)"
-        return TableRows(_load(where, cache_dir, source, **whole), section, where, None)
+        table = _load(where, cache_dir, source, **whole)
+        return TableRows(table, section, where, None, cache_dir)
 
     if (folder / "seeds.json").is_file():
-        return PaperRows(_split({"train": folder}, section, where), where)
+        return PaperRows(_split({"train": folder}, section, where), where, section)
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         with _blamed_on(where):

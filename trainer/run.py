@@ -32,6 +32,7 @@ from .optim import schedule
 from .output_lock import OutputLock
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
+from .quarantine import Quarantine
 from .sample import build_pipeline
 from .saver import Save, Saver
 from .settings import flat
@@ -152,6 +153,7 @@ class Run:
         with world.together():
             log = self._open_log()
             audit = self._audit(log)
+            quarantine = Quarantine(plan.output, len(plan.train_rows), data.max_bad_fraction, world)
         for line in job.fused:
             log.note(line)
         if self.step == plan.total_steps:
@@ -168,12 +170,14 @@ class Run:
                         audit.look(self.step, meter.read_steps)
                     self.save(saver)
                     saver.finish()
+                    if verdict is Verdict.NO_DATA:
+                        raise UsageError(messages[0])
                     if verdict is Verdict.BAD_SAMPLE:
                         raise UsageError(f"{messages[0]}; --on_bad_sample skip goes on without it")
                     log.note(f"stopped after step {self.step}; the same command goes on from here")
                     return False
-                for message in messages:
-                    log.note(f"skipped: {message}")
+                if messages:
+                    self._skip(messages, quarantine, saver, log)
                 world.doing(f"training step {self.step + 1}")
                 lr = lr_at(self.step)
                 rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
@@ -221,6 +225,16 @@ class Run:
             saver.close()
             audit.close()
             log.close()
+
+    def _skip(self, messages: list[str], quarantine: Quarantine, saver: Saver, log: RunLog) -> None:
+        """Puts rows into the quarantine. Raises: UsageError, after a checkpoint: it is full."""
+        for message in quarantine.add(messages):
+            log.note(f"skipped: {message}")
+        complaint = quarantine.complaint()
+        if complaint is not None:
+            self.save(saver)
+            saver.finish()
+            raise UsageError(complaint)
 
     # Checkpoints and export.
 

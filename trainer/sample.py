@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
+from threading import Thread
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -18,7 +19,8 @@ from .errors import UsageError
 from .families import Family, family_of
 from .images import load_image
 
-DOWNLOAD_SECONDS = 30  # without an answer
+DOWNLOAD_SECONDS = 30.0  # all of it
+HTTP = ("http://", "https://")
 DOWNLOAD_BYTES = 64 * 2**20  # the largest image fetched
 
 
@@ -132,18 +134,47 @@ def open_image(source: str) -> Image.Image:
 
 
 def _fetched(address: str) -> bytes:
-    if not address.lower().startswith(("http://", "https://")):
+    if not address.lower().startswith(HTTP):
         raise ValueError("only http and https addresses are fetched")
-    # Some servers, Wikipedia's among them, answer no client without a name.
-    request = Request(address, headers={"User-Agent": "fusedit"})
-    try:
-        with urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            data = response.read(DOWNLOAD_BYTES + 1)
-    except (OSError, HTTPException) as error:
-        raise ValueError(f"cannot be fetched: {error}") from None
-    if len(data) > DOWNLOAD_BYTES:
+    # Beside: a socket's own timeout begins anew with every byte that comes. Ends with the process.
+    fetch = _Fetch(address)
+    fetch.start()
+    fetch.join(DOWNLOAD_SECONDS)
+    if fetch.is_alive():
+        raise ValueError(f"not here after {DOWNLOAD_SECONDS:g} seconds")
+    if fetch.error is not None:
+        reason = str(fetch.error).partition("\n")[0]
+        raise ValueError(f"cannot be fetched: {reason}")
+    if len(fetch.data) > DOWNLOAD_BYTES:
         raise ValueError(f"larger than {DOWNLOAD_BYTES >> 20} MiB")
-    return data
+    return fetch.data
+
+
+class _Fetch(Thread):
+    """Reads what is at an address, and a byte more than is taken."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(daemon=True)
+        # Some servers, Wikipedia's among them, answer no client without a name.
+        self._request = Request(address, headers={"User-Agent": "fusedit"})
+        self.data, self.error = b"", None
+
+    def run(self) -> None:
+        opener = build_opener(_HttpAlone)
+        try:
+            with opener.open(self._request, timeout=DOWNLOAD_SECONDS) as response:
+                self.data = response.read(DOWNLOAD_BYTES + 1)
+        except (OSError, HTTPException, ValueError) as error:
+            self.error = error
+
+
+class _HttpAlone(HTTPRedirectHandler):
+    """Follows no redirect to a file or to FTP, which urllib would open."""
+
+    def redirect_request(self, req: Request, fp, code: int, msg: str, headers, newurl: str):
+        if not newurl.lower().startswith(HTTP):
+            raise ValueError(f"it redirects to {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 TILE_LEAST = 128  # pixels of a tile's short side; smaller images are scaled up

@@ -25,6 +25,9 @@ MAY_CHANGE = frozenset(
         "loop.timeout_s",
         "model.cache_dir",
         "data.on_bad_sample",
+        "data.max_bad_fraction",
+        "data.max_image_pixels",
+        "data.allow_outside_files",
         "data.cache_latents",  # --cache_crops may not: they are other samples
         "data.dataloader_num_workers",
         "data.dataloader_prefetch",
@@ -43,6 +46,7 @@ MAY_CHANGE = frozenset(
     }
 )
 _SECRET = {"output.hub_token"}
+_SECRET_NAMES = {path.split(".")[1] for path in _SECRET}
 _OF_ONE_START = {"output.overwrite", "output.resume_from_checkpoint"}
 
 
@@ -88,7 +92,7 @@ def from_toml(path: Path, flag: str = "--config ") -> RunConfig:
             values = tomllib.load(file)
     except FileNotFoundError:
         raise UsageError(f"{flag}{path}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # not TOML, or not even UTF-8
         raise UsageError(f"{flag}{path}: {error}") from None
     return from_values(values, source=f"{flag}{path}")
 
@@ -128,4 +132,5 @@ def _checked(cls: type, name: str, value: Any, source: str) -> Any:
             if value in get_args(option):
                 return value
             allowed += get_args(option)
-    raise UsageError(f"{source}: {name} must be {' or '.join(allowed)}, got {value!r}")
+    got = type(value).__name__ if name in _SECRET_NAMES else repr(value)
+    raise UsageError(f"{source}: {name} must be {' or '.join(allowed)}, got {got}")

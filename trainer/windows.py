@@ -7,6 +7,8 @@ from .config import DataConfig, LoopConfig
 from .data import Source, StepSampler, make_loader
 from .world import World
 
+DEAD_WORKER = "DataLoader worker"  # how PyTorch's message begins
+
 
 class Verdict(IntEnum):
     """What the ranks agree on before a step; the highest of theirs wins."""
@@ -15,6 +17,7 @@ class Verdict(IntEnum):
     SKIPPED = 1  # some rank has an unreadable sample and may go on without it
     STOP = 2
     BAD_SAMPLE = 3  # some rank has an unreadable sample and must not
+    NO_DATA = 4  # a process of some rank that reads has died
 
 
 class Windows:
@@ -51,13 +54,23 @@ class Windows:
 
     def take(self, stop_requested: bool) -> tuple[list[Any], Verdict, list[str]]:
         """The next window, the ranks' verdict on it, and what is wrong with samples on any rank."""
-        window = [next(self.batches) for _ in range(self.micro_steps)]
-        errors = [error for batch in window for error in batch.errors]
         verdict = Verdict.STOP if stop_requested else Verdict.GO
-        if errors:
-            verdict = max(verdict, self.on_bad_sample)
+        try:
+            window = [next(self.batches) for _ in range(self.micro_steps)]
+            errors = [error for batch in window for error in batch.errors]
+            verdict = max(verdict, self.on_bad_sample) if errors else verdict
+        except RuntimeError as error:
+            if not str(error).startswith(DEAD_WORKER):
+                raise
+            window, errors, verdict = [], [_told(error)], Verdict.NO_DATA
         # The hosts agree by themselves, while the devices still work on the step before.
         verdict = Verdict(self.world.highest(verdict))
         if verdict in (Verdict.GO, Verdict.STOP):
             return window, verdict, []
-        return window, verdict, [text for text in self.world.texts("; ".join(errors)) if text]
+        told = self.world.texts("\n".join(errors))
+        return window, verdict, [line for text in told for line in text.splitlines()]
+
+
+def _told(error: RuntimeError) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"{reason}: was a file of the dataset taken away while it was read, or memory short?"

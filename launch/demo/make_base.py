@@ -198,7 +198,7 @@ def save(pipeline: StableDiffusionPipeline, out: Path) -> None:
 def _trained_vae(options: argparse.Namespace, images: Tensor) -> AutoencoderKL:
     held_out, _ = world_images(HELD_OUT_SEED, 50)
     if options.vae:
-        vae = AutoencoderKL.from_pretrained(options.vae).requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(options.vae, use_safetensors=True).requires_grad_(False)
         vae.register_to_config(_name_or_path="")  # else the path of this machine is saved
     else:
         vae = train_vae(images, held_out, options.vae_steps)

@@ -212,7 +212,7 @@ def measure(output: Path, size: Size) -> None:
 def _edit(
     output: Path, pairs: Sequence[Pair], instructions: Sequence[str], size: Size
 ) -> list[PILImage]:
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     side = RESOLUTION // pipeline.vae_scale_factor

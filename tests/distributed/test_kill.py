@@ -104,6 +104,7 @@ def test_all_ranks_do_alike_when_one_meets_a_bad_image(inputs, tmp_path, on_bad_
     image = sorted(data.glob("*_edited.png"))[3]
     image.write_bytes(image.read_bytes()[:-40])
     flags = _flags(inputs, output, 2, "--held_out=0", f"--on_bad_sample={on_bad_sample}")
+    flags.append("--max_bad_fraction=0.1")
     ranks = Ranks(2, [*flags, f"--train_data_dir={data}"], tmp_path / "log")
     codes = ranks.wait()
     told = [line for line in ranks.output().splitlines() if image.name in line]

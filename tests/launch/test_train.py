@@ -197,7 +197,7 @@ def test_turning_back_to_a_named_checkpoint_leaves_no_later_one(here):
 
 def test_an_unreadable_image_can_be_skipped(here, capfd):
     _truncate(here)
-    assert train.main(_flags(max_train_steps=4, on_bad_sample="skip")) == 0
+    assert train.main(_flags(max_train_steps=4, on_bad_sample="skip", max_bad_fraction=0.2)) == 0
     assert "skipped: row" in capfd.readouterr().err
 
 
@@ -326,7 +326,7 @@ def test_an_unreadable_held_out_row_stops_or_is_skipped(here, capfd):
     for image in (here / "data").glob("*_edited.png"):
         image.write_bytes(image.read_bytes()[:-40])
     unread = {"held_out": 7, "max_train_steps": 1, "train_batch_size": 1}
-    assert train.main(_flags(**unread, on_bad_sample="skip")) == 0
+    assert train.main(_flags(**unread, on_bad_sample="skip", max_bad_fraction=1)) == 0
     assert "row" in _mistake(capfd, _flags(**unread, output_dir="stopped"))
 
 

@@ -541,7 +541,7 @@ def test_an_unreadable_row_stops_the_build_by_its_name(here):
 
 def test_a_row_that_was_skipped_weighs_nothing_and_is_told_or_stops(here):
     _break(here)
-    config = _config(here, on_bad_sample="skip")
+    config = _config(here, on_bad_sample="skip", max_bad_fraction=0.2)
     pairs, _ = _live(config)
     cached = _open(config)
     positions = list(range(pairs.order.slots))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -55,7 +56,16 @@ def write_jsonl(folder, first=0, suffix=""):
 def table(folder, first=0):
     """A `datasets` table with Image features, as people push to the hub."""
     save_images(folder, first)
-    made = datasets.Dataset.from_list(records(folder, first))
+    return as_table(records(folder, first))
+
+
+def as_table(lines):
+    """With the images' bytes in it, as on the hub."""
+    for line in lines:
+        for column in ("input_image", "edited_image"):
+            path = Path(line[column])
+            line[column] = {"bytes": path.read_bytes(), "path": path.name}
+    made = datasets.Dataset.from_list(lines)
     return made.cast_column("input_image", datasets.Image()).cast_column(
         "edited_image", datasets.Image()
     )
@@ -405,9 +415,9 @@ def test_a_missing_file_is_named(folder, opened):
 
 
 def test_broken_bytes_in_a_table_are_one_bad_row(folder, tmp_path, opened):
-    made = table(tmp_path / "raw")
+    save_images(tmp_path / "raw")
     (tmp_path / "raw/images/1_before.png").write_bytes(b"not an image")
-    made.to_parquet(folder / "pairs.parquet")
+    as_table(records(tmp_path / "raw")).to_parquet(folder / "pairs.parquet")
     rows = opened()
     with pytest.raises(BadSample, match=r"row 1 \(.*1_before.png\): input_image: it is no im"):
         rows.read(1, draw=0.0)
