@@ -31,7 +31,7 @@ TRAINER = [
     "sample", "export", "adapter_files", "post_hoc", "pipelines", "validate", "extractors",
     "metrics", "protocols", "examples", "curve", "evaluate", "quarantine", "plan", "alike",
     "exporting", "evaluating", "comparing", "caching", "check_data", "data_report", "checkup",
-    "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "best", "run",
+    "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "publish", "best", "run",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {
@@ -39,7 +39,11 @@ UNSAFE = {
     "yaml.unsafe_load", "dist.all_gather_object", "dist.broadcast_object_list",
     "dist.gather_object", "dist.scatter_object_list", "trust_remote_code", "eval", "exec",
 }  # fmt: skip
-SMALL_FILES = {"CLIPTokenizer", "CLIPImageProcessor"}  # what they are read from holds no weights
+SMALL_FILES = {
+    "CLIPTokenizer",
+    "CLIPImageProcessor",
+    "AutoImageProcessor",
+}  # what they are read from holds no weights
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"}
 BROAD = {"", "Exception", "BaseException"}
 

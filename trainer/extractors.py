@@ -7,7 +7,8 @@ score does not change with it. Weights are safetensors alone.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +50,9 @@ class Clip:
 
     def __init__(self, place: str, device: torch.device) -> None:
         self._model, weights = _load_model(CLIPModel, place, "clip", device)
-        self._prepare = _load(AutoImageProcessor, place, "clip", backend="pil")
-        self._tokenizer = _load(CLIPTokenizer, place, "clip")
+        with _loading(place, "clip"):
+            self._prepare = AutoImageProcessor.from_pretrained(place, backend="pil")
+            self._tokenizer = CLIPTokenizer.from_pretrained(place)
         vocabulary = self._tokenizer.get_vocab()
         self.sha256 = sha256_of(weights, _told(self._prepare), vocabulary)
 
@@ -82,7 +84,8 @@ class Dino:
 
     def __init__(self, place: str, device: torch.device) -> None:
         self._model, weights = _load_model(AutoModel, place, "dino", device)
-        self._prepare = _load(AutoImageProcessor, place, "dino", backend="pil")
+        with _loading(place, "dino"):
+            self._prepare = AutoImageProcessor.from_pretrained(place, backend="pil")
         self.sha256 = sha256_of(weights, _told(self._prepare))
 
     @torch.no_grad()
@@ -204,8 +207,10 @@ def _load_model(
     cls: Any, place: str, kind: str, device: torch.device
 ) -> tuple[Any, dict[str, Tensor]]:
     """The model in fp32, and those of its weights that the files held: a pooler may be wanting."""
-    options = {"use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
-    model, report = _load(cls, place, kind, **options)
+    with _loading(place, kind):
+        model, report = cls.from_pretrained(
+            place, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
     missing = {*report["missing_keys"]}
     lacks = sorted(name for name in missing if not name.startswith("pooler."))
     if lacks:
@@ -214,9 +219,11 @@ def _load_model(
     return model.to(device).eval(), weights
 
 
-def _load(cls: Any, place: str, kind: str, **options: Any) -> Any:
+@contextmanager
+def _loading(place: str, kind: str) -> Iterator[None]:
+    """Raises: UsageError: it is not there, or not readable."""
     try:
-        return cls.from_pretrained(place, **options)
+        yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, HTTPError) as error:
         raise _cannot_load(kind, place, error) from None
 

@@ -1,30 +1,25 @@
 """A run from its configuration to the exported pipeline: the plan, the job, then the loop."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import checkpoint, sharded_checkpoint
-from .adapter_files import loading, save_adapter
 from .adapters import evaluating
 from .alike import check_alike
 from .audit import AUDIT_FILE, Audit, rows_of_step
 from .best import Evaluation, Evaluator, open_evaluation
 from .cache import CachedPairs
 from .caching import open_cache
-from .captured import Captured
+from .captured import Captured, Update
 from .checkpoint import Checkpoint
 from .compiled import eager
 from .config import RunConfig
 from .errors import UsageError
-from .export import check_push, model_card, push, save_pipeline
-from .exporting import components
+from .export import check_push
 from .job import Job
 from .log import RunLog
 from .meter import Meter
@@ -32,6 +27,7 @@ from .optim import schedule
 from .output_lock import OutputLock
 from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
+from .publish import Made, publish, versions
 from .quarantine import Quarantine
 from .sample import build_pipeline
 from .saver import Save, Saver
@@ -40,8 +36,6 @@ from .step import Rates
 from .validate import Validator, newest_picture
 from .windows import Verdict, Windows
 from .world import World
-
-VERSIONS = ("fusedit", "torch", "diffusers", "transformers", "datasets")
 
 
 def train(
@@ -136,112 +130,141 @@ class Run:
 
         Returns: False when it was asked to stop.
         """
-        config, world, plan = self.plan.config, self.world, self.plan
-        loop, data, optim, output = config.loop, config.data, config.optim, config.output
-        peak = optim.learning_rate * (plan.global_batch if optim.scale_lr else 1)
-        lr_at = schedule(
-            optim.lr_scheduler,
-            peak,
-            optim.lr_warmup_steps,
-            plan.total_steps,
-            optim.lr_num_cycles,
-            optim.lr_power,
-        )
-        job = self.job
-        update = job.update()
-        validator, evaluator = self._validator(), self._evaluator()
-        with world.together():
-            log = self._open_log()
-            audit = self._audit(log)
-            quarantine = Quarantine(plan.output, len(plan.train_rows), data.max_bad_fraction, world)
-        for line in job.fused:
-            log.note(line)
-        if self.step == plan.total_steps:
-            log.note("all steps were done before; the pipeline is written again")
-        meter, saver = Meter(world.device), Saver(world, job.shards, log)
-        windows = Windows(job.source, loop, data, world, self.step, plan.total_steps)
-        try:
-            while self.step < plan.total_steps:
+        config, world, job = self.plan.config, self.world, self.job
+        lr_at, total = self._schedule(), self.plan.total_steps
+        with self._opened() as update:
+            windows = Windows(job.source, config.loop, config.data, world, self.step, total)
+            while self.step < total:
                 world.doing(f"reading step {self.step + 1}")
                 window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
-                    if meter.results:  # of steps that no line of the log will tell of
-                        meter.read()
-                        audit.look(self.step, meter.read_steps)
-                    self.save(saver)
-                    saver.finish()
-                    if verdict is Verdict.NO_DATA:
-                        raise UsageError(messages[0])
-                    if verdict is Verdict.BAD_SAMPLE:
-                        raise UsageError(f"{messages[0]}; --on_bad_sample skip goes on without it")
-                    log.note(f"stopped after step {self.step}; the same command goes on from here")
+                    self._stop(verdict, messages)
                     return False
-                if messages:
-                    self._skip(messages, quarantine, saver, log)
+                self._skip(messages)
                 world.doing(f"training step {self.step + 1}")
                 lr = lr_at(self.step)
                 rates = Rates.on(world.device, lr, *job.ema_weights(self.step + 1))
-                result = update(job.samples(window), rates)
+                self.meter.add(update(job.samples(window), rates))
                 self.step += 1
-                meter.add(result)
-                last = self.step == plan.total_steps
-                if self.step % output.log_every == 0 or last:
-                    values = meter.read() | {"lr": lr, "epoch": self.step / plan.steps_per_epoch}
-                    log.scalars(self.step, values)
-                    log.progress(self.step, values)
-                    saver.tell(self.step)
-                    if reason := audit.look(self.step, meter.read_steps):
-                        self.save(saver)
-                        saver.finish()
-                        raise UsageError(reason)
-                shows = validator is not None and validator.due(self.step, plan.total_steps)
-                saves = self.step % output.checkpointing_steps == 0 or last
-                every = output.ema_snapshot_steps or output.checkpointing_steps
-                keeps = bool(job.kept) and (self.step % every == 0 or last)
-                judges = evaluator is not None and evaluator.due(self.step, plan.total_steps)
-                if not (shows or saves or keeps or judges):
-                    continue
-                with meter.paused():  # validated first: what a checkpoint's step logs is then whole
-                    if validator is not None and shows:
-                        world.doing(f"validating after step {self.step}")
-                        with eager(), evaluating(job.unet):  # its shapes are others
-                            validator.run(self.step, job.ema, log)
-                    if evaluator is not None and judges:
-                        world.doing(f"evaluating after step {self.step}")
-                        with eager(), evaluating(job.unet):
-                            saves |= evaluator.run(self.step, job.ema, log)
-                    if saves or keeps:
-                        self.save(saver, whole=saves, averages=keeps)
-            saver.wait()
-            what = "pipeline" if job.adapter is None else "adapter"
-            log.note(f"trained to step {self.step}: writing the {what} to {plan.output}")
-            self.export(newest_picture(self.pictures, self.step))
-            saver.finish()  # only now: if the last state could not be kept, its pipeline still is
-            log.note(f"done: {plan.output}")
-            return True
+                if self.step % config.output.log_every == 0 or self.step == total:
+                    self._report(lr)
+                self._look_and_save()
+            self._finish()
+        return True
+
+    @contextmanager
+    def _opened(self) -> Iterator[Update]:
+        """What the loop works with: the update, and all that watches it."""
+        plan, world, job = self.plan, self.world, self.job
+        update = job.update()
+        self.validator, self.evaluator = self._validator(), self._evaluator()
+        bad = plan.config.data.max_bad_fraction
+        self.quarantine = Quarantine(plan.output, len(plan.train_rows), bad, world)
+        with world.together():
+            self.log = self._open_log()
+            self.audit = self._audit(self.log)
+        self.meter, self.saver = Meter(world.device), Saver(world, job.shards, self.log)
+        for line in job.fused:
+            self.log.note(line)
+        if self.step == plan.total_steps:
+            self.log.note("all steps were done before; the pipeline is written again")
+        try:
+            yield update
         finally:
             if isinstance(update, Captured):
                 update.close()
-            saver.close()
-            audit.close()
-            log.close()
+            self.saver.close()
+            self.audit.close()
+            self.log.close()
 
-    def _skip(self, messages: list[str], quarantine: Quarantine, saver: Saver, log: RunLog) -> None:
-        """Puts rows into the quarantine. Raises: UsageError, after a checkpoint: it is full."""
-        for message in quarantine.add(messages):
-            log.note(f"skipped: {message}")
-        complaint = quarantine.complaint()
-        if complaint is not None:
-            self.save(saver)
-            saver.finish()
-            raise UsageError(complaint)
+    def _schedule(self) -> Callable[[int], float]:
+        optim = self.plan.config.optim
+        peak = optim.learning_rate * (self.plan.global_batch if optim.scale_lr else 1)
+        return schedule(
+            optim.lr_scheduler,
+            peak,
+            optim.lr_warmup_steps,
+            self.plan.total_steps,
+            optim.lr_num_cycles,
+            optim.lr_power,
+        )
+
+    def _stop(self, verdict: Verdict, messages: list[str]) -> None:
+        """Ends the run before its last step. Raises: UsageError: it has no sample to go on with."""
+        if self.meter.results:  # of steps that no line of the log will tell of
+            self.meter.read()
+            self.audit.look(self.step, self.meter.read_steps)
+        cure = "; --on_bad_sample skip goes on without it"
+        if verdict is not Verdict.STOP:
+            self._give_up(messages[0] + (cure if verdict is Verdict.BAD_SAMPLE else ""))
+        self.save()
+        self.saver.finish()
+        self.log.note(f"stopped after step {self.step}; the same command goes on from here")
+
+    def _give_up(self, reason: str) -> None:
+        """Raises: UsageError, after a checkpoint."""
+        self.save()
+        self.saver.finish()
+        raise UsageError(reason)
+
+    def _skip(self, messages: list[str]) -> None:
+        """Puts rows into the quarantine. Raises: UsageError: it is full."""
+        if not messages:
+            return
+        for message in self.quarantine.add(messages):
+            self.log.note(f"skipped: {message}")
+        if complaint := self.quarantine.complaint():
+            self._give_up(complaint)
+
+    def _report(self, lr: float) -> None:
+        """A line of the log; here the host waits for the device."""
+        values = self.meter.read() | {"lr": lr, "epoch": self.step / self.plan.steps_per_epoch}
+        self.log.scalars(self.step, values)
+        self.log.progress(self.step, values)
+        self.saver.tell(self.step)
+        if reason := self.audit.look(self.step, self.meter.read_steps):
+            self._give_up(reason)
+
+    def _look_and_save(self) -> None:
+        """What is due after a step. Looks first: what a checkpoint's step logs is then whole."""
+        job, output, step, total = (
+            self.job,
+            self.plan.config.output,
+            self.step,
+            self.plan.total_steps,
+        )
+        every = output.ema_snapshot_steps or output.checkpointing_steps
+        saves = step % output.checkpointing_steps == 0 or step == total
+        keeps = bool(job.kept) and (step % every == 0 or step == total)
+        validator = self.validator if self.validator and self.validator.due(step, total) else None
+        evaluator = self.evaluator if self.evaluator and self.evaluator.due(step, total) else None
+        if not (saves or keeps or validator or evaluator):
+            return
+        with self.meter.paused():
+            with eager(), evaluating(job.unet):  # its shapes are others
+                if validator is not None:
+                    self.world.doing(f"validating after step {step}")
+                    validator.run(step, job.ema, self.log)
+                if evaluator is not None:
+                    self.world.doing(f"evaluating after step {step}")
+                    saves |= evaluator.run(step, job.ema, self.log)
+            if saves or keeps:
+                self.save(whole=saves, averages=keeps)
+
+    def _finish(self) -> None:
+        self.saver.wait()
+        what = "pipeline" if self.job.adapter is None else "adapter"
+        self.log.note(f"trained to step {self.step}: writing the {what} to {self.plan.output}")
+        self.export(newest_picture(self.pictures, self.step))
+        self.saver.finish()  # only now: if the last state could not be kept, its pipeline still is
+        self.log.note(f"done: {self.plan.output}")
 
     # Checkpoints and export.
 
-    def save(self, saver: Saver, *, whole: bool = True, averages: bool = False) -> None:
+    def save(self, *, whole: bool = True, averages: bool = False) -> None:
         """Has the checkpoint of this step written, and the averages of --post_hoc_ema."""
         self.world.doing(f"saving step {self.step}")
-        if not saver.writes:
+        if not self.saver.writes:
             return
         saves, root = [], self.plan.output
         if averages:  # before the checkpoint, from which a run does not come back to it
@@ -250,7 +273,7 @@ class Run:
         if whole:
             keep = self.plan.config.output.checkpoints_total_limit
             saves.append(Save(root, self._state(), keep))
-        saver.save(self.step, saves)
+        self.saver.save(self.step, saves)
 
     def _state(self) -> Checkpoint:
         scale, guard = self.job.loss_scale, self.job.guard
@@ -265,54 +288,17 @@ class Run:
                 "usual_loss": guard.usual.item(),
                 "usual_steps": guard.steps.item(),
                 "settings": flat(self.plan.asked),
-                "versions": self._versions(),
+                "versions": versions(self.job),
             },
         )
-
-    def _versions(self) -> dict[str, str]:
-        """Of the packages that decide what a run computes."""
-        names = (*VERSIONS, "peft") if self.job.adapter is not None else VERSIONS
-        return {name: version(name) for name in names}
 
     def export(self, picture: Path | None) -> None:
         """Writes the pipeline and its card to the output folder, and sends them if asked to."""
         self.world.doing("exporting")
         with self.job.exported() as (unet, raw_weights), self.world.together():
             if self.world.is_main:
-                self._export(unet, raw_weights, picture)
-
-    def _export(
-        self, unet: Any, raw_weights: dict[str, Tensor] | None, picture: Path | None
-    ) -> None:
-        plan, config, adapter = self.plan, self.plan.config, self.job.adapter
-        family, lines = plan.described.family, None
-        if adapter is not None:
-            lines = loading(plan.output, family, config.model)
-            save_adapter(plan.output, family, unet, adapter, self.job.named, raw_weights)
-        else:
-            save_pipeline(
-                plan.output,
-                unet=unet,
-                family=family,
-                zero_null=plan.described.zero_null,
-                components=components(config.model, plan.described),
-                raw_weights=raw_weights,
-                dtype=torch.float32,
-            )
-        model_card(
-            plan.output,
-            family=family,
-            command=self.command,
-            settings=flat(config) | {"ranks": self.world.size, "samples a step": plan.global_batch},
-            base=str(config.model.pretrained_model_name_or_path),
-            dataset=str(config.data.dataset_name or config.data.train_data_dir),
-            versions=self._versions(),
-            steps=self.step,
-            picture=picture,
-            loading=lines,
-        )
-        if config.output.push_to_hub:
-            push(config.output, f"fusedit: step {self.step}")
+                made = Made(self.step, self.world.size, self.command, picture)
+                publish(self.plan, self.job, unet, raw_weights, made)
 
     # Parts that only the loop needs.
 
