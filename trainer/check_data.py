@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -249,10 +250,10 @@ def survey(
     section = config.data
     rows = open_rows(section, config.model.cache_dir)
     chosen = split_rows(len(rows), section.max_train_samples, section.held_out, config.loop.seed)
-    units = np.concatenate([wanted_units(rows, part) for part in chosen])
+    units = wanted_units(rows, torch.cat(chosen))
     found = Survey(tokenizers)
     with tqdm(total=len(units), unit="pair", disable=quiet, smoothing=0.1) as progress:
-        for batch in _read(rows, np.sort(units), section.dataloader_num_workers):
+        for batch in _read(rows, units, section.dataloader_num_workers):
             for facts in batch.facts:
                 found.add(facts)
             progress.update(len(batch.facts))

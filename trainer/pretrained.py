@@ -179,8 +179,11 @@ def _read_config(section: ModelConfig, part: str | None, file: str) -> dict[str,
                     cache_dir=section.cache_dir,
                 )
             )
-        return json.loads(path.read_text())
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds no settings")
+        return found
+    except (OSError, ValueError, RecursionError, HfHubHTTPError) as error:
         raise _cannot_load(section, part, error) from None
 
 

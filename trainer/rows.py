@@ -245,7 +245,7 @@ class PaperRows:
             entries = json.loads((folder / "seeds.json").read_bytes())
             names = [name for name, _ in entries]
             seeds = [[str(seed) for seed in its_seeds] for _, its_seeds in entries]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{where}: seeds.json must be [[name, [seed, ...]], ...]: {error}"
             ) from None
