@@ -11,11 +11,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -26,6 +25,7 @@ OF_LOST_RANKS = ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset"
 ANSWER_S = 5.0  # in which the store answers, or counts as gone
 BEATS = 4  # that a rank must miss to count as silent
 LOST = "lost the others"
+Answer = TypeVar("Answer")
 
 
 class Beat(NamedTuple):
@@ -64,7 +64,7 @@ class Watch:
     def stop(self) -> None:
         if self.thread is not None:
             self.stopping.set()
-            self.thread.join()
+            self.thread.join(ANSWER_S)  # it may be waiting for the store
             self.thread = None
 
     def doing(self, what: str) -> None:
@@ -99,7 +99,7 @@ class Watch:
         )
         self.ended = LOST if lost else f"{type(error).__name__}: {error}".partition("\n")[0]
         try:
-            self._beat()
+            self._asked(self._beat)
             if lost:
                 raise self._who_is_lost() from None
         except dist.DistError:
@@ -113,9 +113,9 @@ class Watch:
 
     def _who_is_lost(self) -> RanksLost:
         """Looks twice, some beats apart: who is gone does not beat any more."""
-        first = self._read()
+        first = self._asked(self._read)
         time.sleep(BEATS * self.every_s)
-        last = self._read()
+        last = self._asked(self._read)
         if self.rank == 0:  # perhaps the store is this process's, and the others want to ask
             time.sleep(2 * self.every_s)
         silent = [rank for rank in last if last[rank].number == first[rank].number]
@@ -169,7 +169,7 @@ class Watch:
     # The store.
 
     def _beat(self) -> None:
-        with self._held():
+        with self.lock:
             self.number += 1
             for_s = time.monotonic() - self.since
             beat = Beat(self.number, self.doing_now, for_s, self.waits, self.ended)
@@ -177,20 +177,27 @@ class Watch:
 
     def _read(self) -> dict[int, Beat]:
         keys = [self._key(rank) for rank in range(self.size)]
-        with self._held():
-            self.store.wait(keys, timedelta(seconds=ANSWER_S))  # which reading them alone would not
+        with self.lock:
             texts = self.store.multi_get(keys)
         return {rank: Beat(*json.loads(text)) for rank, text in enumerate(texts)}
 
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """The connection, which the thread may be waiting on."""
-        if not self.lock.acquire(timeout=2 * ANSWER_S):
+    def _asked(self, question: Callable[[], Answer]) -> Answer:
+        """What the store says; over a dead link PyTorch would wait for it, whatever its timeout.
+
+        Raises: DistStoreError: it says nothing.
+        """
+        answers: list[Answer] = []
+
+        def ask() -> None:
+            with suppress(dist.DistError):
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(ANSWER_S)
+        if not answers:
             raise dist.DistStoreError("the store does not answer")
-        try:
-            yield
-        finally:
-            self.lock.release()
+        return answers[0]
 
     def _key(self, rank: int) -> str:
         return f"watch/{rank}"

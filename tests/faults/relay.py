@@ -12,6 +12,7 @@ import struct
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 PACKET_BYTES = 2048
@@ -54,7 +55,8 @@ def relay(ends: list[int], delay_s: float, bytes_per_s: float) -> None:
         now = time.monotonic()
         for source, other in (ends, ends[::-1]):
             while wires[source] and wires[source][0][0] <= now:
-                os.write(other, wires[source].popleft()[1])
+                with suppress(OSError):  # an end that is not up yet loses it, as a wire would
+                    os.write(other, wires[source].popleft()[1])
 
 
 if __name__ == "__main__":

@@ -22,13 +22,20 @@ def inputs(tmp_path_factory):
     return save_tiny_inputs(tmp_path_factory.mktemp("inputs"), 8)
 
 
-def _start(*command, **environment):
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start():
+    """Starts a command; what of it still lives in the end is killed."""
+    jobs = []
+
+    def start_it(*command):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        jobs.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        return jobs[-1]
+
+    yield start_it
+    for job in jobs:
+        tell([*children(job.pid), job.pid], signal.SIGKILL)
+        job.communicate()
 
 
 def _await(job, output, step, within_s=120):
@@ -41,7 +48,7 @@ def _await(job, output, step, within_s=120):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("by", ["fusedit", "torchrun"])
-def test_a_signal_to_the_launcher_ends_in_a_checkpoint(inputs, tmp_path, by, number):
+def test_a_signal_to_the_launcher_ends_in_a_checkpoint(start, inputs, tmp_path, by, number):
     output = tmp_path / "run"
     flags = flags_of(inputs, output, 2, MANY, "--dataloader_num_workers=1")
     if by == "fusedit":
@@ -50,7 +57,7 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(inputs, tmp_path, by, num
         handled = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
         command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", handled]
         command += ["-m", "fusedit.launch.train"]
-    job = _start(*command, *flags)
+    job = start(*command, *flags)
     _await(job, output, 2)
     pids = children(job.pid)
     job.send_signal(number)
@@ -62,10 +69,10 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(inputs, tmp_path, by, num
     assert await_end(pids) == []
 
 
-def test_ranks_of_a_killed_torchrun_do_not_train_on(inputs, tmp_path):
+def test_ranks_of_a_killed_torchrun_do_not_train_on(start, inputs, tmp_path):
     output = tmp_path / "run"
     flags = flags_of(inputs, output, 2, MANY, "--dataloader_num_workers=1")
-    job = _start(
+    job = start(
         *TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "fusedit.launch.train", *flags
     )
     _await(job, output, 2)
@@ -75,28 +82,33 @@ def test_ranks_of_a_killed_torchrun_do_not_train_on(inputs, tmp_path):
     job.communicate()
 
 
-def test_machines_leave_and_come_and_the_samples_stay(inputs, tmp_path):
+def test_machines_leave_and_come_and_the_samples_stay(start, inputs, tmp_path):
     """torchrun's elastic size, 2 to 1 to 2, and its restarts; by the same command throughout."""
     whole, output = tmp_path / "whole", tmp_path / "run"
     run(2, flags_of(inputs, whole, 2, STEPS), tmp_path / "whole.log")
     rendezvous = [
         "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=9", "--rdzv-backend=c10d",
         f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic",
-        "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3",
     ]  # fmt: skip
+    # The first holds the rendezvous: it must be the one that stays.
+    patience = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
     flags = [
         *flags_of(inputs, output, 2, STEPS),
         "--checkpointing_steps=5",
         "--timeout_s=20",
     ]
-    command = [*TORCHRUN, *rendezvous, "-m", "fusedit.launch.train", *flags]
-    first, second = _start(*command), _start(*command)
+    first, second, third = (
+        (*TORCHRUN, *rendezvous, f"--rdzv-conf={patience},is_host={host}", *job)
+        for job in [("-m", "fusedit.launch.train", *flags)]
+        for host in (1, 0, 0)
+    )
+    first, second = start(*first), start(*second)
     _await(first, output, 10)
     tell([*children(second.pid), second.pid], signal.SIGKILL)  # the machine of one rank
     second.communicate()
     at = last_step(output)
     _await(first, output, at + 10)
-    third = _start(*command)
+    third = start(*third)
     assert [job.wait(200) for job in (first, third)] == [0, 0]
     told = first.communicate()[1]
     assert "1 ranks: 3 x 4 micro-steps each, for the 12 samples a step that the run has" in told
