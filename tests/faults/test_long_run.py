@@ -66,12 +66,13 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     )
     print(f"{steps} steps: {grown / MIB:+.1f} MiB, {late[-1]}")
     assert grown < grows_mib * MIB
-    for name in ("files", "threads"):
-        assert max(h[name] for h in late) <= max(h[name] for h in early), name
-    taken = [
-        statistics.median(b["cpu_s"] - a["cpu_s"] for a, b in pairwise(part))
-        for part in (early, late)
-    ]
+    for name in (
+        "files",
+        "threads",
+    ):  # the least: some are there only while a checkpoint is written
+        assert min(h[name] for h in late) <= min(h[name] for h in early), name
+    # The least here too: on a busy machine caches are shared with others.
+    taken = [min(b["cpu_s"] - a["cpu_s"] for a, b in pairwise(part)) for part in (early, late)]
     print(f"CPU seconds of 5 steps, early and late: {taken}")
     assert taken[1] < 1.4 * taken[0]
 
