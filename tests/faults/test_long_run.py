@@ -69,7 +69,7 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     for name in (
         "files",
         "threads",
-    ):  # the least: some are there only while a checkpoint is written
+    ):  # the least: a save has more
         assert min(h[name] for h in late) <= min(h[name] for h in early), name
     # The least here too: on a busy machine caches are shared with others.
     taken = [min(b["cpu_s"] - a["cpu_s"] for a, b in pairwise(part)) for part in (early, late)]
