@@ -16,10 +16,13 @@ command=("${FUSEDIT:-fusedit}" train --nnodes "${#hosts[@]}" --rdzv_id "fusedit-
   --rdzv_endpoint "${hosts[0]}:${PORT:-29500}" "$@")
 
 runs=()
+is_host=1 # of the rendezvous: the first, by whatever name or address it is given
 for host in "${hosts[@]}"; do
   # -tt: the end of this side is a SIGHUP on that one, which asks the run to stop.
-  ssh -tt -o ServerAliveInterval=15 "$host" "cd $(printf %q "$PWD") && ${command[*]@Q}" </dev/null &
+  ssh -tt -o ServerAliveInterval=15 "$host" "cd $(printf %q "$PWD") &&
+    ${command[*]@Q} --rdzv_conf is_host=$is_host" </dev/null &
   runs+=($!)
+  is_host=0
 done
 
 trap 'kill "${runs[@]}" 2>/dev/null' INT TERM

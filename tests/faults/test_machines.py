@@ -79,6 +79,7 @@ def test_torchruns_of_two_hosts_meet_and_train_as_one_host_does(inputs, whole, t
                     *("ip", "netns", "exec", host, sys.executable, "-m", "fusedit.launch.cli"),
                     *("train", "--nnodes=2", "--nproc_per_node=1", f"--local_addr={address}"),
                     *(f"--rdzv_endpoint={ADDRESSES[0]}:29500", "--rdzv_id=one"),
+                    f"--rdzv_conf=is_host={int(address == ADDRESSES[0])}",
                     *flags_of(inputs, output, 2, STEPS),
                 ],
                 env={**os.environ, "GLOO_SOCKET_IFNAME": NAME, "OMP_NUM_THREADS": "1"},
