@@ -7,3 +7,11 @@ class UsageError(ValueError):
     The message names the flag or file, the value found and the cure. `launch` prints it without a
     traceback and exits with code 2; every other exception is a bug and keeps its traceback.
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """The text in a line that any stream takes, whatever a file or value in it holds."""
+    return " ".join(text.splitlines()).encode(errors="backslashreplace").decode()
