@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
 
 from .config import DataConfig
-from .errors import UsageError
+from .errors import UsageError, one_line
 from .images import Files
 
 Found = TypeVar("Found")
@@ -43,9 +43,7 @@ class BadSample(Exception):
         super().__init__(name, reason)
 
     def __str__(self) -> str:
-        """One line that any stream takes, whatever a file is called."""
-        told = " ".join(": ".join(self.args).splitlines())
-        return told.encode(errors="backslashreplace").decode()
+        return one_line(": ".join(self.args))
 
 
 def parts_of(error: str) -> tuple[int, str | None, str]:

@@ -45,6 +45,7 @@ MAY_CHANGE = frozenset(
         *(f"output.{f.name}" for f in dataclasses.fields(OutputConfig)),
     }
 )
+LARGEST = 2**64  # of integers: none that is taken is as large, and floats hold it
 _SECRET = {"output.hub_token"}
 _SECRET_NAMES = {path.split(".")[1] for path in _SECRET}
 _OF_ONE_START = {"output.overwrite", "output.resume_from_checkpoint"}
@@ -116,6 +117,9 @@ def from_values(values: dict[str, Any], source: str) -> RunConfig:
 def _checked(cls: type, name: str, value: Any, source: str) -> Any:
     """The value, as the type its section declares; integers serve as floats."""
     declared = get_type_hints(cls)[name]
+    numbers = value if isinstance(value, list) else [value]
+    if any(type(number) is int and abs(number) > LARGEST for number in numbers):
+        raise UsageError(f"{source}: {name} is out of range")
     allowed: list[str] = []
     for option in get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,):
         if get_origin(option) is tuple:  # of floats

@@ -22,7 +22,7 @@ from ranks import run_flags
 from tiny import save_tiny_inputs
 
 from fusedit.launch import edit, train
-from fusedit.trainer import export, sample
+from fusedit.trainer import export, pretrained, sample
 from fusedit.trainer.config import DataConfig, ModelConfig, OutputConfig
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.pretrained import describe
@@ -68,6 +68,18 @@ def test_a_base_of_pickled_weights_is_refused_before_any_is_read(inputs, tmp_pat
     assert edit.main([str(base), image, "make it red", "-o", str(tmp_path / "out.png")]) == 2
     assert "Traceback" not in capfd.readouterr().err
     assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_are_asked_for_as_safetensors_alone():
+    """Also from the hub, whose folders nobody has looked into before."""
+
+    class Asked:
+        @staticmethod
+        def from_pretrained(source, **options):
+            return options
+
+    section = ModelConfig(pretrained_model_name_or_path="owner/name")
+    assert pretrained._load(Asked, section, "unet")["use_safetensors"] is True
 
 
 def test_a_pickle_beside_the_weights_is_not_looked_at(inputs, tmp_path):
@@ -275,7 +287,7 @@ def test_other_schemes_are_refused(scheme):
 # Tokens.
 
 TOKEN = "hf_" + "MarkedHubToken" * 2
-KEYS = {"HF_TOKEN": "hf_MarkedEnvironmentToken", "WANDB_API_KEY": "MarkedWandbKey" * 3}
+KEYS = {"HF_TOKEN": "marked-environment-token", "WANDB_API_KEY": "MarkedWandbKey" * 3}
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ def test_a_link_that_is_cut_and_restored_changes_nothing(inputs, whole, tmp_path
     assert state(output, STEPS) == state(whole, STEPS)
 
 
+@pytest.mark.slow  # it goes by seconds, which a busy machine has not
 def test_a_slow_link_changes_nothing_but_the_time(inputs, whole, tmp_path):
     """5 ms each way and 4 MB/s, by a relay in user space."""
     output = tmp_path / "run"
@@ -53,6 +54,7 @@ def test_a_slow_link_changes_nothing_but_the_time(inputs, whole, tmp_path):
     assert state(output, STEPS) == state(whole, STEPS)
 
 
+@pytest.mark.slow  # it goes by seconds, which a busy machine has not
 def test_a_link_that_stays_cut_is_told_on_both_hosts(inputs, tmp_path):
     output = tmp_path / "run"
     with two_hosts() as hosts:

@@ -65,6 +65,10 @@ def test_flags_may_stand_without_a_section(tmp_path):
         ("post_hoc_ema = [true]", "post_hoc_ema must be a list of numbers"),
         ("snr_gamma = true", "snr_gamma must be float, got True"),
         ("x = ", "run.toml: "),
+        (f"learning_rate = {10**400}", "learning_rate is out of range"),
+        (f"post_hoc_ema = [{10**400}]", "post_hoc_ema is out of range"),
+        ('report_to = "a\\nb"', "--report_to knows"),
+        ('"a\\nb" = 1', "unknown setting a b"),
     ],
 )
 def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
