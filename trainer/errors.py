@@ -8,7 +8,9 @@ class UsageError(ValueError):
     traceback and exits with code 2; every other exception is a bug and keeps its traceback.
     """
 
-<<<<<<< HEAD
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 class RanksLost(RuntimeError):
     """Other ranks are gone or do not answer, told in one line that names them.
@@ -20,12 +22,8 @@ class RanksLost(RuntimeError):
     def __init__(self, message: str, speaks: bool = True) -> None:
         super().__init__(message)
         self.speaks = speaks
-=======
-    def __str__(self) -> str:
-        return one_line(super().__str__())
 
 
 def one_line(text: str) -> str:
     """The text in a line that any stream takes, whatever a file or value in it holds."""
     return " ".join(text.splitlines()).encode(errors="backslashreplace").decode()
->>>>>>> c17277dfc8a70d2c3d597a8184bafd6ad16483e0
