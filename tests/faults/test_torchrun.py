@@ -35,7 +35,7 @@ def start():
     yield start_it
     for job in jobs:
         tell([*children(job.pid), job.pid], signal.SIGKILL)
-        job.communicate()
+        job.wait()
 
 
 def _await(job, output, step, within_s=120):
@@ -95,7 +95,7 @@ def test_machines_leave_and_come_and_the_samples_stay(start, inputs, tmp_path):
     flags = [
         *flags_of(inputs, output, 2, STEPS),
         "--checkpointing_steps=5",
-        "--timeout_s=20",
+        "--timeout_s=60",
     ]
     first, second, third = (
         (*TORCHRUN, *rendezvous, f"--rdzv-conf={patience},is_host={host}", *job)
@@ -109,8 +109,8 @@ def test_machines_leave_and_come_and_the_samples_stay(start, inputs, tmp_path):
     at = last_step(output)
     _await(first, output, at + 10)
     third = start(*third)
-    assert [job.wait(200) for job in (first, third)] == [0, 0]
-    told = first.communicate()[1]
+    told, of_third = (job.communicate(timeout=200)[1] for job in (first, third))
+    assert [first.returncode, third.returncode] == [0, 0], told + of_third
     assert "1 ranks: 3 x 4 micro-steps each, for the 12 samples a step that the run has" in told
     assert told.count("going on from checkpoint-") >= 2
     assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
