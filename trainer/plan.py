@@ -407,8 +407,10 @@ def _find_checkpoint(config: RunConfig) -> tuple[Path | None, list[str]]:
         found, passed_over = _named_checkpoint(output, asked), []
     if found is not None:
         state = checkpoint.read_state(found)
-        if not isinstance(state.get("settings"), dict) or "global_batch" not in state:
+        if not isinstance(state.get("settings"), dict):
             raise UsageError(f"{found} is no checkpoint of a run: its state.json has no settings")
+        if type(state.get("global_batch")) is not int or state["global_batch"] < 1:
+            raise UsageError(f"{found} does not say how many samples a step it was trained with")
         _check_same_run(config, state["settings"], found)
     return found, passed_over
 
@@ -424,7 +426,7 @@ def _with_same_batch(config: RunConfig, resume: Path, ranks: int) -> tuple[RunCo
         return config, []
     asked = loop.train_batch_size, loop.gradient_accumulation_steps
     before = tuple(
-        state["settings"][f"loop.{name}"]
+        state["settings"].get(f"loop.{name}")
         for name in ("train_batch_size", "gradient_accumulation_steps")
     )
     each, rest = divmod(kept, ranks)

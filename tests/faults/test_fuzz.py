@@ -280,9 +280,12 @@ def test_any_state_of_a_whole_checkpoint(content):
         manifest = {"format": checkpoint.FORMAT, "step": 5, "files": files}
         (made / "manifest.json").write_text(json.dumps(manifest))
         output = dataclasses.replace(RunConfig().output, output_dir=str(place))
+        config = dataclasses.replace(RunConfig(), output=output)
         with refused_in_one_line():
-            found, _ = plan._find_checkpoint(dataclasses.replace(RunConfig(), output=output), 16)
+            found, _ = plan._find_checkpoint(config)
             plan.step_of(found)
+            if found is not None:
+                plan._with_same_batch(config, found, 2)
 
 
 # The cache.
