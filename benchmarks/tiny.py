@@ -76,6 +76,7 @@ SIZES: dict[str, Callable[[Any], dict[str, object]]] = {
         "MATRIX": 16,
     },
     "shapes": lambda own: {"UNETS": narrow(own.UNETS)},
+    "accuracy": lambda own: {"FACTOR": 4 * own.FACTOR},  # of so few numbers the largest is chance
     "gpu": lambda own: {
         "PRESET": "sd15-64",
         "DTYPE": "fp32",  # Triton's interpreter is wrong for bf16
