@@ -15,7 +15,7 @@ setup(
     package_data={
         "fusedit.kernels": ["tables/*.json"],
         "fusedit.trainer": ["protocols/*.toml"],
-        "fusedit.launch": ["recipes/*.toml", "slurm/*", "kubernetes/*", "ssh/*"],
+        "fusedit.launch": ["recipes/*.toml", "slurm/*", "kubernetes/*", "ssh/*", "report.html"],
         "fusedit.benchmarks": ["results/compiled-*.json"],
         "fusedit.launch.demo": ["base/**/*"],
     },

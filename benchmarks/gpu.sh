@@ -10,8 +10,8 @@
 #   OUT      folder of what comes back: PART.json for each part, log.txt
 #   PART     which, in this order            [ceilings tests checks kernels optimizer tune]
 #            Others want a call of their own: attention; update, after attention was chosen;
-#            ledger, data, checkpoint, scaling, parity and step, which need what the trainer does
-#            (datasets, tyro, ...); scaling takes one GPU's speed from an update.json in OUT or
+#            ledger, data, checkpoint, edit, scaling, parity and step, which need what the trainer
+#            does (datasets, tyro, ...); scaling takes one GPU's speed from an update.json in OUT or
 #            FROM; parity, step and sdxl need REFERENCE, and accelerate.
 #
 # and as variables:
@@ -38,7 +38,7 @@ OUT=${1:-} PARTS="${*:2}" REFERENCE=${REFERENCE:-}
 LIMIT_S=${LIMIT_S:-570} PYTHON=${PYTHON:-python3} FROM=${FROM:-} WHEELS=${WHEELS:-}
 read -ra commit <<<"${COMMIT:+--commit $COMMIT}"
 read -ra extra <<<"${FLAGS:-}"
-KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint scaling"
+KNOWN="ceilings tests checks kernels optimizer tune attention update ledger data checkpoint edit scaling"
 KNOWN+=" parity step sdxl"
 USUAL="ceilings tests checks kernels optimizer tune"
 ((rehearsing)) && PARTS=${PARTS:-$KNOWN} || PARTS=${PARTS:-$USUAL}
@@ -153,6 +153,7 @@ everything() {
   part ledger 560 ledger --work "$work/ledger"
   part data 560 data --folder "$work"
   part checkpoint 560 checkpoint --folder "$work"
+  part edit 560 edit --work "$work/edit"
   grep -qs '^ "complete": true' "$OUT/update.json" && speed=(--update "$OUT/update.json")
   part scaling 560 scaling --work "$work/ledger" "${speed[@]}"
   local script=(--reference "$REFERENCE" --work "$work/reference")

@@ -111,7 +111,7 @@ def held_out_loss(pipeline: Path, pairs: Sequence[Pair]) -> float:
         )
         shown = torch.zeros(len(batch), dtype=torch.bool)
         given = loss_fn.edit_input(samples, shown, shown, HELD_OUT)
-        total += float(loss_fn.error(unet, given, samples.weights))
+        total += float(loss_fn.errors(unet, given, samples.weights)[0])
     return total / len(pairs)
 
 

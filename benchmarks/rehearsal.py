@@ -19,7 +19,7 @@ from pathlib import Path
 REHEARSAL = "none: a rehearsal, nothing is measured"  # in the place of a GPU's name
 ON_GPU = ("gpu", "kernels", "optimizer", "update")  # with a stand-in for one
 INTERPRETED = ("gpu", "kernels", "optimizer")
-OTHERS = ("choose", "ledger", "data", "checkpoint", "scaling", "parity", "step")
+OTHERS = ("choose", "ledger", "data", "checkpoint", "edit", "scaling", "parity", "step")
 NAME = "fusedit.benchmarks.rehearsal"
 
 

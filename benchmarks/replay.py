@@ -123,7 +123,7 @@ class Ours:
         losses: list[Tensor] = []
         gradients: Named = {}
 
-        def kept_loss(model: nn.Module, samples: Any) -> Tensor:
+        def kept_loss(model: nn.Module, samples: Any, _: Tensor) -> Tensor:
             found = self.loss_fn(model, samples)
             losses.append(found.detach() / len(samples.positions))
             return found * recorded.share  # as the script has it

@@ -27,9 +27,13 @@ FLAGS = {
     "update": ["--case", UPDATE, "--way", "all-lean"],
     "ledger": ["--steps", "3"],
     "data": ["--batch", "2"],
+    "edit": [
+        "--tiny", "--edits", "2", "--batch", "2", "--steps", "2", "--rounds", "2",
+        "--without", "blocks", "whole",
+    ],
     "scaling": ["--steps", "5", "--rounds", "1"],
     "step": ["--tiny", "--rounds", "1", "--updates", "3", "--warm_up", "1"],
-}
+}  # fmt: skip
 FREELY = 1e6  # what is allowed where a time or a rounding is judged that means nothing here
 PIXELS = 32
 

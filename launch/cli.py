@@ -5,9 +5,11 @@
     fusedit doctor [--json FILE] FLAGS         what would stop or slow such a run, before it starts
     fusedit plan [--gpu TYPE] FLAGS            its memory, speed, hours and sizes, before it runs
     fusedit check-data [--report DIR] FLAGS    what is wrong with the data of such a run
-    fusedit edit MODEL IMAGE "instruction"     one edit by a trained model
+    fusedit edit MODEL IMAGE "instruction"     one edit by a trained model, or a folder's
+    fusedit edit --ui MODEL                    a page to edit in
     fusedit evaluate MODEL --out FOLDER        measures a model's edits by a protocol
     fusedit compare A.json B.json              two such results side by side
+    fusedit report RUN [--out FILE] [--watch]  a run as one HTML page: numbers, edits, settings
     fusedit ema RUN --length L --out FOLDER    a run's pipeline with averages of another length
     fusedit export RUN [--merge] [--out DIR]   a run's checkpoint as a pipeline, its LoRA merged
     fusedit demo                               the whole job on a drawn world, in minutes
@@ -25,6 +27,7 @@ import argparse
 import logging
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
 from ..trainer.errors import UsageError
@@ -36,6 +39,11 @@ OF_TORCHRUN = (
     "local_addr", "max_restarts",
 )  # fmt: skip
 MEETING = ("--nnodes", "--master-addr", "--master-port")  # where there is no --rdzv-endpoint
+
+HERE = {  # command -> module, in this process
+    "plan": ".plan", "check-data": ".check_data", "edit": ".edit", "compare": ".compare",
+    "report": ".report", "ema": ".ema", "export": ".export", "demo": ".demo.run",
+}  # fmt: skip
 
 USAGE = f"usage: fusedit COMMAND ...\n{str(__doc__).split(chr(10), 1)[1]}"
 
@@ -50,34 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         return on_all_devices(command, rest)
     if command == "evaluate":
         return evaluate_on_all_devices(rest)
-    if command == "compare":
-        from . import compare
-
-        return compare.main(rest)
-    if command == "plan":
-        from . import plan
-
-        return plan.main(rest)
-    if command == "check-data":
-        from . import check_data
-
-        return check_data.main(rest)
-    if command == "edit":
-        from . import edit
-
-        return edit.main(rest)
-    if command == "ema":
-        from . import ema
-
-        return ema.main(rest)
-    if command == "export":
-        from . import export
-
-        return export.main(rest)
-    if command == "demo":
-        from .demo import run
-
-        return run.main(rest)
+    if command in HERE:
+        return import_module(HERE[command], __package__).main(rest)
     if command == "--version":
         print(f"fusedit {version('fusedit')}")
         return 0
@@ -169,6 +151,11 @@ def torchrun(command: str, ranks: int, given: list[str], flags: list[str]) -> in
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # else torchrun warns that it says 1
     # Not --shutdown-timeout, which torch 2.11 does not have.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_S))
+    given_by_name = dict(zip(given[::2], given[1::2], strict=True))
+    if ":" in given_by_name.get("--nnodes", os.environ.get("PET_NNODES", "")):  # MIN:MAX
+        # torchrun tells where its store is at the first meeting alone: who comes later waits for it
+        # in vain. Without it rank 0 makes one for each meeting.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # What went wrong has been said by rank 0; torchrun's own lines would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     where = given

@@ -26,6 +26,11 @@ from .flags import parse
 DONE, LOST, MISTAKE, STOPPED = 0, 1, 2, 75  # 75: EX_TEMPFAIL, what schedulers requeue
 SAME_REQUEST_S = 2.0  # between one signal and its echo
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+TRAINS_LESS = (
+    "lower --train_batch_size and raise --gradient_accumulation_steps by as much, or add "
+    "--gradient_checkpointing; `fusedit plan` with the same flags tells what fits"
+)
+ENCODES_LESS = "end what else runs on this GPU, or lower --resolution"
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -181,6 +186,11 @@ def main(argv: list[str] | None = None, *, cache_only: bool = False) -> int:
         if error.speaks:
             print(f"fusedit: {error}", file=sys.stderr, flush=True)
         return LOST
+    except torch.OutOfMemoryError as error:  # of this rank alone, perhaps
+        cure = ENCODES_LESS if cache_only else TRAINS_LESS
+        reason = str(error).partition(". ")[0]
+        print(f"fusedit: rank {rank}: {reason}: {cure}", file=sys.stderr, flush=True)
+        return MISTAKE
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 GRACE_S = 10
 
@@ -96,7 +97,11 @@ def run(size: int, flags: list[str], log: Path, local_size: int | None = None) -
     return ranks.output()
 
 
-def _rank(
+def _rank(*given: Any, **named: Any) -> None:
+    os._exit(run_rank(*given, **named))
+
+
+def run_rank(
     rank: int,
     size: int,
     local_size: int,
@@ -106,7 +111,8 @@ def _rank(
     threads: int,
     module: str = "train",
     host: str | None = None,
-) -> None:
+) -> int:
+    """A rank's command in this process, which becomes it; returns its exit code."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank % local_size),
@@ -135,7 +141,7 @@ def _rank(
     ):
         code = command.main(flags)
         sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 def run_flags(inputs: Path, output: Path, ranks: int, steps: int) -> list[str]:

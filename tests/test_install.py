@@ -103,14 +103,14 @@ def other_python() -> Path:
 
 
 def package_files(tree: Path) -> set[str]:
-    """What belongs into an install: all modules, recipes, protocols, the base, kernels' tables."""
+    """What belongs into an install: modules, recipes, protocols, a page, the base, tables."""
     modules = [path for folder in FOLDERS for path in (tree / folder).rglob("*.py")]
     recipes = [
         path
         for folder in ("recipes", "slurm", "kubernetes", "ssh")
         for path in (tree / "launch" / folder).iterdir()
     ]
-    recipes += tree.glob("trainer/protocols/*.toml")
+    recipes += [*tree.glob("trainer/protocols/*.toml"), tree / "launch/report.html"]
     base = (path for path in (tree / "launch/demo/base").rglob("*") if path.is_file())
     tables = (tree / "kernels/tables").glob("*.json")
     compiled = (tree / "benchmarks/results").glob("compiled-*.json")

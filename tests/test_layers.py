@@ -27,11 +27,13 @@ TRAINER = [
     "windows", "families", "encoders", "diffusion", "conditioning", "loss", "masters", "adapters",
     "recompute", "sharding", "unet", "compiled", "pretrained", "ema", "power_ema", "optim", "step",
     "captured", "checkpoint", "sharded_checkpoint", "cache_key", "cache_files", "cache_remote",
-    "cache_build", "cache", "trackers", "log", "meter", "audit", "saver", "output_lock",
-    "sample", "export", "adapter_files", "post_hoc", "pipelines", "validate", "extractors",
-    "metrics", "protocols", "examples", "curve", "evaluate", "quarantine", "plan", "alike",
-    "exporting", "evaluating", "comparing", "caching", "check_data", "data_report", "checkup",
-    "gpus", "blank", "counting", "estimate", "prediction", "trial", "job", "publish", "best", "run",
+    "cache_build", "cache", "callbacks", "trackers", "log", "meter", "audit", "saver",
+    "output_lock", "sample", "export", "adapter_files", "post_hoc", "pipelines", "editing",
+    "editing_rows", "editing_many", "validate", "extractors", "metrics", "protocols", "examples",
+    "curve", "evaluate", "quarantine", "plan", "alike", "exporting", "evaluating", "comparing",
+    "caching", "check_data", "data_report", "checkup", "gpus", "blank", "counting", "estimate",
+    "prediction", "trial", "job", "publish", "best", "looking", "run", "series", "report_pictures",
+    "report_charts", "run_report",
 ]  # fmt: skip
 PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE = {

@@ -1,5 +1,6 @@
-"""What README and CONTRIBUTING say is so: their commands parse, what they name exists."""
+"""What the documents say is so: their commands parse, what they name and quote exists."""
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -20,6 +21,7 @@ from fusedit.launch.evaluate import EvaluateFlags
 from fusedit.launch.evaluate import parse as parse_evaluate
 from fusedit.launch.export import ExportFlags
 from fusedit.launch.flags import TrainFlags, parse
+from fusedit.launch.report import ReportFlags
 from fusedit.trainer.config import RunConfig
 from fusedit.trainer.gpus import GPUS
 from fusedit.trainer.metrics import METRICS
@@ -28,7 +30,11 @@ from fusedit.trainer.protocols import read_protocol
 from fusedit.trainer.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+TROUBLE = "launch/troubleshooting.md"
+DOCUMENTS = (
+    "README.md", "trainer/README.md", "launch/README.md", TROUBLE, "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)  # fmt: skip
 FOLDERS = ("kernels", "trainer", "launch", "benchmarks", "tests", ".ci")
 TEXT = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 SECTIONS = [field.default_factory() for field in dataclasses.fields(RunConfig)]
@@ -36,7 +42,7 @@ TRAIN_FLAGS = {field.name for part in SECTIONS for field in dataclasses.fields(p
 TRAIN_FLAGS |= {field.name for field in dataclasses.fields(TrainFlags)} - {"run"}
 OTHER_FLAGS = {
     field.name
-    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags, EvaluateFlags)
+    for cls in (EditFlags, EmaFlags, ExportFlags, DemoFlags, EvaluateFlags, ReportFlags)
     for field in dataclasses.fields(cls)
 }
 OTHER_FLAGS |= {
@@ -49,9 +55,16 @@ OTHER_FLAGS |= {
     "tiny",
     "updates",
     "warm_up",
+    "scenes",
 }  # of benchmarks, whose own tests hold them
 OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan and doctor
-OTHER_FLAGS |= {*OF_TORCHRUN, "signal", "signals"}  # torchrun's, Slurm's --signal
+OTHER_FLAGS |= {
+    *OF_TORCHRUN,
+    "nproc",
+    "nproc_per_node",
+    "signal",
+    "signals",
+}  # torchrun's, Slurm's --signal
 OTHER_FLAGS |= {"report"}  # of fusedit check-data
 
 
@@ -106,6 +119,8 @@ def check_command(words: list[str]) -> None:
             check_evaluate(flags)
         case ["fusedit", "compare", *flags]:
             tyro.cli(CompareFlags, args=flags, use_underscores=True)
+        case ["fusedit", "report", *flags]:
+            tyro.cli(ReportFlags, args=flags, use_underscores=True)
         case ["fusedit", "ema", *flags]:
             tyro.cli(EmaFlags, args=flags, use_underscores=True)
         case ["fusedit", "export", *flags]:
@@ -155,8 +170,13 @@ def check_evaluate(flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_can_be_typed_as_it_stands(command, monkeypatch):
+def test_a_command_can_be_typed_as_it_stands(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    if command.startswith("fusedit edit"):  # which looks what it is given
+        monkeypatch.chdir(tmp_path)
+        Path("photos").mkdir()
+        Path("photo.jpg").touch()
+        Path("edits.jsonl").touch()
     check_command(shlex.split(command))
 
 
@@ -183,14 +203,25 @@ def test_a_snippet_compiles(snippet):
     compile(snippet, "README.md", "exec")
 
 
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether there is such a file and, after a #, such a heading in it."""
+    path, _, heading = link.partition("#")
+    target = page.parent / path if path else page
+    if not target.exists():
+        return False
+    titles = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if heading else [heading]
+    return heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_what_is_named_exists(name):
     text = TEXT[name]
     folders = "|".join(re.escape(folder) for folder in FOLDERS)
     paths = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*", text))
     links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+    assert not [link for link in links if not leads_somewhere(ROOT / name, link)]
     top = set(re.findall(r"(?<![\w/.-])(?:constraints\.txt|pyproject\.toml|setup\.py)", text))
-    assert not [path for path in paths | links | top if not (ROOT / path.rstrip(".")).exists()]
+    assert not [path for path in paths | top if not (ROOT / path.rstrip(".")).exists()]
     modules = set(re.findall(r"\bfusedit(?:\.[a-z_]+)+", text))
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
 
@@ -202,12 +233,12 @@ def test_a_flag_that_is_named_is_taken(name):
 
 
 def flags_between(start: str, end: str) -> list[str]:
-    section = TEXT["README.md"].split(start, 1)[1].split(end, 1)[0]
+    section = TEXT["trainer/README.md"].split(start, 1)[1].split(end, 1)[0]
     return sorted(re.findall(r"`--(\w+)`", section))
 
 
 def test_the_table_of_what_may_change_is_the_codes():
-    told = flags_between("What may change when a run goes on", "### What is promised")
+    told = flags_between("What may change when a run goes on", "### The output folder")
     assert told == sorted(name.split(".")[1] for name in MAY_CHANGE)
 
 
@@ -219,9 +250,32 @@ def test_the_table_of_our_own_flags_is_the_codes():
 
 
 def test_the_tables_of_protocols_and_metrics_are_the_codes():
-    section = TEXT["README.md"].split("## Measure edits", 1)[1].split("\n## ", 1)[0]
+    section = TEXT["trainer/README.md"].split("## Measure edits", 1)[1].split("\n## ", 1)[0]
     first_cells = " ".join(re.findall(r"^\| ([^|]*) \|", section, re.MULTILINE))
     assert {*re.findall(r"`([\w-]+)`", first_cells)} == {*protocol_names(), *METRICS}
+
+
+def messages() -> list[str]:
+    """Those that troubleshooting is sorted by."""
+    tables = re.findall(r"^\| message \|.*?\n\n", TEXT[TROUBLE] + "\n", re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\| `([^`]+)`", "".join(tables), re.MULTILINE)
+
+
+def test_troubleshooting_has_messages():
+    assert len(messages()) > 15
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_is_one_that_is_told(message):
+    """Each of its fixed pieces is in the source, all of them in one file."""
+    pieces = [piece.strip() for piece in message.split("...") if piece.strip(" ()")]
+    told = [
+        "".join(piece.value for piece in ast.walk(ast.parse(path.read_text()))
+                if isinstance(piece, ast.Constant) and isinstance(piece.value, str))
+        for folder in ("trainer", "launch")
+        for path in (ROOT / folder).glob("*.py")
+    ]  # fmt: skip
+    assert [text for text in told if all(piece in text for piece in pieces)], pieces
 
 
 def test_no_machine_is_named():

@@ -25,7 +25,7 @@ from .errors import UsageError
 NAME = "default"  # of the adapter, as peft calls it
 PURPOSES = 16  # bits of a counter's word that number the purpose; the layer is above them
 
-Loss = Callable[[nn.Module, Samples], Tensor]
+Loss = Callable[..., Tensor]  # (unet, samples, by_group) -> loss, as of EditLoss
 
 
 @dataclass
@@ -92,9 +92,9 @@ class Adapter:
         if draws is None:
             return loss_fn
 
-        def loss(unet: nn.Module, samples: Samples) -> Tensor:
+        def loss(unet: nn.Module, samples: Samples, by_group: Tensor | None = None) -> Tensor:
             draws.positions = samples.positions
-            return loss_fn(unet, samples)
+            return loss_fn(unet, samples, by_group)
 
         return loss
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from .data import Order
-from .log import Lines, RunLog
+from .log import AUDIT_FILE, Lines, RunLog
 from .meter import StepFacts
 
-AUDIT_FILE = "audit.jsonl"
 SHOWN_ROWS = 8  # in a line on the screen; the file has all
 
 

@@ -6,6 +6,14 @@ uses one draw for all three cases; rates of their own for each case are ours.
 
 from torch import Tensor
 
+# What the UNet is given: (text is dropped, image is dropped), in the order of `condition_of`.
+CONDITIONS = {
+    "full": (False, False),
+    "no_text": (True, False),
+    "no_image": (False, True),
+    "neither": (True, True),
+}
+
 
 def drop_masks(draw: Tensor, rates: tuple[float, float, float]) -> tuple[Tensor, Tensor]:
     """Cuts [0, 1) into: text alone, text and image, image alone, neither.
@@ -20,3 +28,8 @@ def drop_masks(draw: Tensor, rates: tuple[float, float, float]) -> tuple[Tensor,
     drop_text = draw < text + both
     drop_image = (draw >= text) & (draw < text + both + image)
     return drop_text, drop_image
+
+
+def condition_of(drop_text: Tensor, drop_image: Tensor) -> Tensor:
+    """[n] int64, which of CONDITIONS each sample is of."""
+    return drop_text.long() + 2 * drop_image.long()

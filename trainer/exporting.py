@@ -15,6 +15,7 @@ from .config import ModelConfig, RunConfig
 from .errors import UsageError
 from .export import CARD_FILE, load_safety, model_card, save_pipeline
 from .families import Family
+from .log import PICTURES
 from .plan import RUN_FILE, describe_trained
 from .pretrained import Described, load_encoders, load_unet
 from .settings import from_toml
@@ -115,6 +116,6 @@ def _write_card(
         dataset=str(config.data.dataset_name or config.data.train_data_dir),
         versions=state["versions"],
         steps=state["step"],
-        picture=newest_picture(run / "validation", state["step"]),
+        picture=newest_picture(run / PICTURES, state["step"]),
         loading=loading(out, family, config.model) if as_adapter else None,
     )

@@ -27,6 +27,7 @@ DECODE_ERRORS = (  # what Pillow raises for broken files
     Image.DecompressionBombError,
 )
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations whose width is seen as height
+TILES = "tiles"  # of a sheet's info (sample.py): where its tiles lie, as JSON
 PROGRAMS = ("EPS",)  # formats that Pillow hands to a program of the machine, here Ghostscript
 
 # Said anew, with the file's name, by the limit below.

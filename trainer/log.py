@@ -15,10 +15,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .callbacks import Callbacks
 from .files import cannot_write, write_text
-from .trackers import open_tracker
+from .trackers import Tracker, open_tracker
 
 LOG_FILE = "log.jsonl"
+HISTORY_FILE = "history.jsonl"  # when the run was started, stopped and done, and with what
+AUDIT_FILE = "audit.jsonl"  # see audit.py
+PICTURES = "validation"  # folder of the sheets of edits, by step
+QUARANTINE = "quarantine.jsonl"  # see quarantine.py
 PART_BYTES = 2**24  # of a log, then it begins another file
 IDENTITIES_FILE = "trackers.json"  # what each tracker calls this run, to go on with it
 
@@ -35,6 +40,7 @@ class RunLog:
         run_name: str,
         total_steps: int,
         first_step: int,
+        callbacks: Callbacks,
     ):
         """Starts the log, or goes on with one.
 
@@ -45,11 +51,13 @@ class RunLog:
             settings: shown by trackers as the configuration; holds no secret.
             first_step: optimizer steps done before. Lines of later steps are dropped: they were
                 written by a run that was killed after its last checkpoint.
+            callbacks: told all that trackers are told.
         """
         self._lines = Lines(folder / LOG_FILE, first_step)
+        self._history = Lines(folder / HISTORY_FILE, first_step)
         identities = folder / IDENTITIES_FILE
         known = json.loads(identities.read_text()) if first_step and identities.exists() else {}
-        self._trackers = {
+        self._trackers: dict[str, Tracker] = {
             name: open_tracker(
                 name,
                 folder=folder / logging_dir,
@@ -62,6 +70,7 @@ class RunLog:
         }
         known.update({name: tracker.identity for name, tracker in self._trackers.items()})
         write_text(identities, json.dumps(known))
+        self._trackers["callbacks"] = callbacks
         self._progress = Progress(total_steps, first_step)
 
     @staticmethod
@@ -83,6 +92,12 @@ class RunLog:
         """Prints a line and keeps it in log.jsonl, under `event` and `told`."""
         self.note(text)
         self._write({"step": step, "time": round(time.time(), 3), "event": name, "told": text})
+
+    def history(self, step: int, what: str, facts: dict[str, Any]) -> None:
+        """Keeps a start or an end of the run: started, stopped or done."""
+        line = {"step": step, "time": round(time.time(), 3), "what": what, **facts}
+        if reason := self._history.add(line):
+            self.note(f"WARNING: {reason}")
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Shows how far the run is, with these values, in the terminal or as a line of text."""
@@ -108,6 +123,7 @@ class RunLog:
         for tracker in self._trackers.values():
             tracker.close()
         self._lines.close()
+        self._history.close()
 
 
 class _SilentLog(RunLog):
@@ -118,6 +134,9 @@ class _SilentLog(RunLog):
         pass
 
     def event(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def history(self, step: int, what: str, facts: dict[str, Any]) -> None:
         pass
 
     def progress(self, step: int, values: dict[str, float]) -> None:
@@ -133,6 +152,13 @@ class _SilentLog(RunLog):
         pass
 
 
+PHASES = {  # of the loop, whose seconds a line tells
+    "update": "encoding, steps and the log",
+    "data": "waiting for samples, and for the other ranks'",
+    "validation": "validation and evaluation",
+    "checkpoint": "holding for its copy",
+    "export": "writing the pipeline, and sending it",
+}
 SHOWN = {  # what the progress line tells, and how
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
@@ -239,8 +265,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines of such a log."""
     found = []
     for part in parts_of(path):
-        text = part.read_text(encoding="utf-8", errors="replace") if part.exists() else ""
-        found += [line for line in map(_parsed, text.splitlines()) if line is not None]
+        found += [line for line in map(_parsed, _lines_of(part)) if line is not None]
     return found
 
 
@@ -250,13 +275,20 @@ def drop_lines_after(path: Path, step: int) -> None:
     At step 0 nothing is kept: the run begins anew.
     """
     for part in parts_of(path):
-        text = part.read_text(encoding="utf-8", errors="replace") if part.exists() else ""
-        lines = [(line, _parsed(line)) for line in text.splitlines()]
+        lines = [(line, _parsed(line)) for line in _lines_of(part)]
         kept = [f"{line}\n" for line, read in lines if step and read and read["step"] <= step]
         if part != path and not kept:
             part.unlink()
         elif part.exists():
             write_text(part, "".join(kept))
+
+
+def _lines_of(part: Path) -> list[str]:
+    """None where it is not there, or has just got another name."""
+    try:
+        return part.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

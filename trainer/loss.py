@@ -1,6 +1,7 @@
 """From samples to their loss: draws, noise, hidden conditions, UNet, squared error."""
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.edit_input import edit_input
 from ..kernels.weighted_mse import weighted_mse
-from .conditioning import drop_masks
+from .conditioning import CONDITIONS, condition_of, drop_masks
 from .diffusion import Diffusion
 from .draws import Purpose, draw_integers, draw_uniform
 from .encoders import Samples
@@ -34,6 +35,9 @@ TRAINING = Purposes(
 )
 # Noise as it is, and unweighted: the held-out losses of runs with other options can be compared.
 HELD_OUT = Purposes(Purpose.HELD_OUT_POSTERIOR, Purpose.HELD_OUT_NOISE, Purpose.HELD_OUT_TIMESTEP)
+
+BANDS = 4  # of timesteps, of equal width
+GROUPS = len(CONDITIONS) + BANDS  # that the loss is told by, too: each sample is in two
 
 
 class EditInput(NamedTuple):
@@ -70,17 +74,39 @@ class EditLoss:
         self.seed = seed
         self.autocast_dtype = autocast_dtype
 
-    def __call__(self, unet: nn.Module, samples: Samples) -> Tensor:
+    @property
+    def groups(self) -> list[str]:
+        """What the log calls them: conditions, then bands by first and last timestep."""
+        steps = len(self.diffusion.signal)
+        ends = [band * steps // BANDS for band in range(BANDS + 1)]
+        bands = [f"{start}-{end - 1}" for start, end in pairwise(ends)]
+        conditions = [f"loss_by_condition/{name}" for name in CONDITIONS]
+        return [*conditions, *(f"loss_by_timestep/{band}" for band in bands)]
+
+    def __call__(self, unet: nn.Module, samples: Samples, by_group: Tensor | None = None) -> Tensor:
         """[] fp32, the sum over the samples of weight times error, conditions dropped by draw.
 
         The weight is the sample's and that of its timestep, which counts in no mean's divisor.
+
+        Args:
+            by_group: [2, GROUPS] fp32; the same sum over each group, and how many samples it has,
+                are added to it.
         """
         draw = draw_uniform(self.seed, Purpose.DROPOUT, samples.positions)[:, 0]
-        given = self.edit_input(samples, *drop_masks(draw, self.rates), TRAINING)
+        drop_text, drop_image = drop_masks(draw, self.rates)
+        given = self.edit_input(samples, drop_text, drop_image, TRAINING)
         weights = samples.weights
         if self.diffusion.loss_weights is not None:
             weights = weights * self.diffusion.loss_weights[given.timesteps]
-        return self.error(unet, given, weights)
+        loss, errors = self.errors(unet, given, weights)
+        if by_group is not None:
+            condition = condition_of(drop_text, drop_image)
+            band = given.timesteps * BANDS // len(self.diffusion.signal)
+            is_in = membership(condition, band)
+            # Picked, not multiplied: what is not finite stays in its own groups.
+            by_group[0] += torch.where(is_in, weights * errors, 0.0).sum(dim=1)
+            by_group[1] += torch.where(is_in, samples.weights, 0.0).sum(dim=1)
+        return loss
 
     @torch.no_grad()
     def edit_input(
@@ -116,8 +142,12 @@ class EditLoss:
         pooled = torch.where(drop_text[:, None], self.null_text.pooled, samples.pooled)
         return EditInput(latents, timesteps, text, pooled, samples.size_ids, target)
 
-    def error(self, unet: nn.Module, given: EditInput, weights: Tensor) -> Tensor:
-        """[] fp32, the sum over the samples of weight times the UNet's mean squared error."""
+    def errors(self, unet: nn.Module, given: EditInput, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The UNet's mean squared errors, fp32.
+
+        Returns: [], the sum over the samples of weight times error; [n], each error, through which
+            no gradient flows.
+        """
         mixed = self.autocast_dtype is not torch.float32
         device_type = given.latents.device.type
         with torch.autocast(device_type, self.autocast_dtype) if mixed else nullcontext():
@@ -128,4 +158,15 @@ class EditLoss:
                 added_cond_kwargs=told_beside(given.pooled, given.size_ids),
                 return_dict=False,
             )[0]
-        return weighted_mse(predicted, given.target, weights)[0]
+        return weighted_mse(predicted, given.target, weights)
+
+
+def membership(condition: Tensor, band: Tensor) -> Tensor:
+    """[GROUPS, n] bool, which samples are in which group."""
+    sizes = (len(CONDITIONS), BANDS)
+    return torch.cat(
+        [
+            torch.arange(size, device=of.device)[:, None] == of
+            for of, size in zip((condition, band), sizes, strict=True)
+        ]
+    )

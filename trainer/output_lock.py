@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
@@ -17,6 +18,7 @@ from typing import TextIO
 from .errors import UsageError
 
 LOCK_FILE = ".lock"
+SECOND_TRY_S = 0.05  # somebody may only look: `is_held` has the lock for some microseconds
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # Lustre without -o flock, some NFS
 
 
@@ -40,7 +42,11 @@ class OutputLock(AbstractContextManager["OutputLock"]):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / LOCK_FILE).open("a+")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(SECOND_TRY_S)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
@@ -63,3 +69,15 @@ class OutputLock(AbstractContextManager["OutputLock"]):
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run works in the folder now; False where the file system has no locks."""
+    try:
+        with (folder / LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back with the file
+    except BlockingIOError:
+        return True
+    except OSError:  # there was never a run, or nobody can tell
+        return False
+    return False

@@ -21,18 +21,17 @@ from .data import Order, split_rows
 from .diffusion import trained_scheduler
 from .errors import UsageError
 from .files import write_text
+from .log import PICTURES, QUARANTINE
 from .optim import check_8bit
 from .power_ema import SNAPSHOTS
 from .pretrained import INDEX_FILE, Described, check_resolution, describe
 from .protocols import read_protocol
-from .quarantine import QUARANTINE
 from .rows import Rows, open_rows
 from .sample import open_image
-from .settings import difference, flat, from_toml, to_toml
+from .settings import RUN_FILE, difference, flat, from_toml, to_toml
 from .trackers import check_trackers, is_installed
 from .world import World
 
-RUN_FILE = "run.toml"
 EVALUATION = "evaluation"  # folder of what --eval_steps measured
 DTYPES = {
     "no": torch.float32,
@@ -235,7 +234,7 @@ def claim_output(plan: Plan) -> None:
             for name in (INDEX_FILE, LORA_FILE, checkpoint.BEST_FILE, QUARANTINE):
                 (output / name).unlink(missing_ok=True)
             checkpoint.delete_all(output)
-            for name in ("validation", EVALUATION, SNAPSHOTS, plan.config.output.logging_dir):
+            for name in (PICTURES, EVALUATION, SNAPSHOTS, plan.config.output.logging_dir):
                 shutil.rmtree(output / name, ignore_errors=True)
         for folder in (output, output / SNAPSHOTS):
             checkpoint.clean(folder)

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from .errors import UsageError
 from .files import cannot_write
+from .log import QUARANTINE
 from .rows import parts_of
 from .world import World
-
-QUARANTINE = "quarantine.jsonl"
 
 
 class Quarantine:

@@ -1,19 +1,17 @@
 """A run from its configuration to the exported pipeline: the plan, the job, then the loop."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from . import checkpoint, sharded_checkpoint
 from .adapters import evaluating
 from .alike import check_alike
-from .audit import AUDIT_FILE, Audit, rows_of_step
-from .best import Evaluation, Evaluator, open_evaluation
+from .best import Evaluation, open_evaluation
 from .cache import CachedPairs
 from .caching import open_cache
+from .callbacks import Callback, Callbacks
 from .captured import Captured, Update
 from .checkpoint import Checkpoint
 from .compiled import eager
@@ -21,7 +19,8 @@ from .config import RunConfig
 from .errors import UsageError
 from .export import check_push
 from .job import Job
-from .log import RunLog
+from .log import PICTURES
+from .looking import facts, open_audit, open_evaluator, open_log, open_validator
 from .meter import Meter
 from .optim import schedule
 from .output_lock import OutputLock
@@ -29,35 +28,39 @@ from .plan import Plan, claim_output, make_plan, set_numerics
 from .power_ema import SNAPSHOTS
 from .publish import Made, publish, versions
 from .quarantine import Quarantine
-from .sample import build_pipeline
 from .saver import Save, Saver
 from .settings import flat
 from .step import Rates
-from .validate import Validator, newest_picture
+from .validate import newest_picture
 from .windows import Verdict, Windows
 from .world import World
 
 
 def train(
     config: RunConfig,
-    world: World,
+    world: World | None = None,
     *,
     command: str = "",
     stop_requested: Callable[[], bool] = lambda: False,
+    callbacks: Sequence[Callback] = (),
     dry_run: bool = False,
 ) -> bool:
     """Trains, or goes on training, until the run is exported or asked to stop.
 
     Args:
-        world: started.
+        world: started; without one, this process alone trains, on the GPU if there is one.
         command: what the user typed, for the model card.
         stop_requested: asked before each step.
+        callbacks: see `Callback`; all ranks have the same.
         dry_run: loads and checks everything, prints the plan and trains nothing.
 
     Returns: whether it came to its end; else it was asked to stop, and has written a checkpoint.
 
     Raises: UsageError, on all ranks alike.
     """
+    if world is None:
+        world = World.alone()
+        world.start()
     with OutputLock(Path(config.output.output_dir)) as lock:
         locks = world.is_main and not dry_run
         with world.together():
@@ -68,11 +71,17 @@ def train(
                 check_push(plan.config.output)
             if locks:
                 lock.take()
-        return _train(plan, world, command, stop_requested, dry_run=dry_run)
+        return _train(plan, world, command, stop_requested, Callbacks(callbacks), dry_run=dry_run)
 
 
 def _train(
-    plan: Plan, world: World, command: str, stop_requested: Callable[[], bool], *, dry_run: bool
+    plan: Plan,
+    world: World,
+    command: str,
+    stop_requested: Callable[[], bool],
+    callbacks: Callbacks,
+    *,
+    dry_run: bool,
 ) -> bool:
     """As `train`, in a folder that no other run works in."""
     check_alike(plan, world)
@@ -87,7 +96,7 @@ def _train(
             return False
     evaluation = open_evaluation(plan, world)
     with world.together():
-        run = Run(plan, world, command, cached, evaluation)
+        run = Run(plan, world, command, cached, evaluation, callbacks)
     if world.is_main:
         print(*plan.lines(world), *plan.notes, sep="\n", file=sys.stderr)
     if dry_run:
@@ -106,13 +115,13 @@ class Run:
         plan: Plan,
         world: World,
         command: str,
-        cached: CachedPairs | None,
+        cached: CachedPairs | None = None,
         evaluation: Evaluation | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.plan, self.world, self.command = plan, world, command
-        self.evaluation = evaluation
+        self.evaluation, self.callbacks = evaluation, callbacks or Callbacks(())
         self.job = Job(plan, world, cached)
-        self.pictures = plan.output / "validation"
         self.step = 0  # optimizer steps done
         if plan.resume:
             state = checkpoint.read_state(plan.resume)
@@ -136,7 +145,8 @@ class Run:
             windows = Windows(job.source, config.loop, config.data, world, self.step, total)
             while self.step < total:
                 world.doing(f"reading step {self.step + 1}")
-                window, verdict, messages = windows.take(stop_requested())
+                with self.meter.during("data"):
+                    window, verdict, messages = windows.take(stop_requested())
                 if verdict >= Verdict.STOP:
                     self._stop(verdict, messages)
                     return False
@@ -157,13 +167,16 @@ class Run:
         """What the loop works with: the update, and all that watches it."""
         plan, world, job = self.plan, self.world, self.job
         update = job.update()
-        self.validator, self.evaluator = self._validator(), self._evaluator()
+        self.validator = open_validator(plan, job, world, self.callbacks)
+        self.evaluator = open_evaluator(plan, job, world, self.evaluation, self.step)
         bad = plan.config.data.max_bad_fraction
         self.quarantine = Quarantine(plan.output, len(plan.train_rows), bad, world)
         with world.together():
-            self.log = self._open_log()
-            self.audit = self._audit(self.log)
-        self.meter, self.saver = Meter(world.device), Saver(world, job.shards, self.log)
+            self.log = open_log(plan, world, self.step, self.callbacks)
+            self.audit = open_audit(plan, job, world, self.step, self.log)
+        self.meter = Meter(world.device, job.loss_fn.groups)
+        self.saver = Saver(world, job.shards, self.log)
+        self.log.history(self.step, "started", facts(plan, job, world, self.command))
         for line in job.fused:
             self.log.note(line)
         if self.step == plan.total_steps:
@@ -199,6 +212,7 @@ class Run:
             self._give_up(messages[0] + (cure if verdict is Verdict.BAD_SAMPLE else ""))
         self.save()
         self.saver.finish()
+        self.log.history(self.step, "stopped", self.meter.take_seconds())
         self.log.note(f"stopped after step {self.step}; the same command goes on from here")
 
     def _give_up(self, reason: str) -> None:
@@ -249,14 +263,18 @@ class Run:
                     self.world.doing(f"evaluating after step {step}")
                     saves |= evaluator.run(step, job.ema, self.log)
             if saves or keeps:
-                self.save(whole=saves, averages=keeps)
+                with self.meter.during("checkpoint"):
+                    self.save(whole=saves, averages=keeps)
 
     def _finish(self) -> None:
-        self.saver.wait()
+        with self.meter.during("checkpoint"):
+            self.saver.wait()
         what = "pipeline" if self.job.adapter is None else "adapter"
         self.log.note(f"trained to step {self.step}: writing the {what} to {self.plan.output}")
-        self.export(newest_picture(self.pictures, self.step))
+        with self.meter.during("export"):
+            self.export(newest_picture(self.plan.output / PICTURES, self.step))
         self.saver.finish()  # only now: if the last state could not be kept, its pipeline still is
+        self.log.history(self.step, "done", self.meter.take_seconds())
         self.log.note(f"done: {self.plan.output}")
 
     # Checkpoints and export.
@@ -299,64 +317,3 @@ class Run:
             if self.world.is_main:
                 made = Made(self.step, self.world.size, self.command, picture)
                 publish(self.plan, self.job, unet, raw_weights, made)
-
-    # Parts that only the loop needs.
-
-    def _validator(self) -> Validator | None:
-        plan, section, job = self.plan, self.plan.config.validation, self.job
-        if not len(plan.held_out_rows) and plan.validation_image is None:
-            return None
-        return Validator(
-            section,
-            self._pipeline(),
-            job.encoders,
-            job.loss_fn,
-            job.pairs,
-            plan.held_out_rows.tolist(),
-            plan.validation_image,
-            self._validates_every(),
-            self.pictures,
-            self.world,
-            batch_size=min(8, plan.config.loop.train_batch_size),
-            on_bad_sample=plan.config.data.on_bad_sample,
-        )
-
-    def _evaluator(self) -> Evaluator | None:
-        if self.evaluation is None:
-            return None
-        batch_size = min(8, self.plan.config.loop.train_batch_size)
-        return Evaluator(self.evaluation, self._pipeline(), self.step, self.world, batch_size)
-
-    def _pipeline(self) -> Any:
-        """Around the UNet in training, with a sampler of its own."""
-        described, encoders = self.plan.described, self.job.encoders
-        parts = described.components(encoders.vae, encoders.text_encoder)
-        unet = self.job.unet
-        return build_pipeline(described.family, described.zero_null, unet=unet, **parts)
-
-    def _validates_every(self) -> int:
-        """Optimizer steps between two validations."""
-        section = self.plan.config.validation
-        steps = section.validation_steps
-        if steps is None and section.validation_epochs == 1:
-            steps = self.plan.described.family.validation_steps
-        return steps or section.validation_epochs * self.plan.steps_per_epoch
-
-    def _audit(self, log: RunLog) -> Audit:
-        path = self.plan.output / AUDIT_FILE if self.world.is_main else None
-        rows_of = partial(rows_of_step, self.job.pairs.order, self.plan.global_batch)
-        return Audit(path, self.step, rows_of, log, self.plan.config.loop.max_skips)
-
-    def _open_log(self) -> RunLog:
-        if not self.world.is_main:
-            return RunLog.silent()
-        output = self.plan.config.output
-        return RunLog(
-            self.plan.output,
-            output.logging_dir,
-            output.trackers,
-            flat(self.plan.config),
-            self.plan.output.resolve().name,
-            self.plan.total_steps,
-            self.step,
-        )

@@ -3,9 +3,11 @@
 Source of the guidance: Brooks et al. 2023, equation 3, as diffusers' pipeline computes it.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from http.client import HTTPException
+from inspect import signature
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,11 +15,12 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import UsageError
 from .families import Family, family_of
-from .images import load_image
+from .images import TILES, load_image
 
 DOWNLOAD_SECONDS = 30.0  # all of it
 HTTP = ("http://", "https://")
@@ -46,6 +49,7 @@ def edit_images(
     steps: int,
     guidance_scale: float,
     image_guidance_scale: float,
+    shows: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """Edits each image by its instruction: a function of the arguments, no generator is touched.
 
@@ -58,6 +62,7 @@ def edit_images(
         guidance_scale: of the instruction; at 1 or less there is no guidance of either kind.
         pipeline: one of a family's.
         image_guidance_scale: of the image; 1 or more.
+        shows: told how many of the sampler's steps are done.
     Returns: n images of height x width.
     Raises: UsageError: an image guidance below 1, at which the pipeline would drop all guidance.
     """
@@ -89,7 +94,20 @@ def edit_images(
             image_guidance_scale=image_guidance_scale,
             return_dict=False,
             **size,
+            **({} if shows is None else _showing(pipeline, shows)),
         )[0]
+
+
+def _showing(pipeline: Any, shows: Callable[[int], None]) -> dict[str, Any]:
+    """What has a pipeline tell its steps: XL's has only what the other has given up."""
+
+    def stepped(pipeline: Any, step: int, timestep: Any, changed: dict) -> dict:
+        shows(step + 1)
+        return changed
+
+    if "callback_on_step_end" in signature(pipeline.__call__).parameters:
+        return {"callback_on_step_end": stepped}
+    return {"callback": lambda step, timestep, latents: shows(step + 1)}
 
 
 @contextmanager
@@ -184,6 +202,7 @@ MARGIN = 24
 TEXT_SIZE = 15
 LINE_HEIGHT = 20
 CAPTION_LINES = 3
+TOLD_CAPTION = 1000  # characters of an instruction that the file tells
 INK, FAINT, PAPER = "#1c1c1c", "#6b6b6b", "#ffffff"
 
 
@@ -194,7 +213,8 @@ def grid(
 ) -> Image.Image:
     """A sheet of pictures: one column a heading, under each row its caption.
 
-    Many rows stand in several groups of columns side by side, so that the sheet is no tower.
+    Many rows stand in several groups of columns side by side, so that the sheet is no tower. Its
+    info tells where they are, for whoever cuts it up again: save it by `save_grid`.
 
     Args:
         rows: as many images each as there are headings; None leaves its place empty.
@@ -224,16 +244,33 @@ def grid(
             left = MARGIN + group * (group_width + MARGIN) + column * (tile_width + GAP)
             centre = left + tile_width // 2, MARGIN // 2 + LINE_HEIGHT // 2
             draw.text(centre, heading, FAINT, font, anchor="mm")
+    places: list[list[tuple[int, int, int, int] | None]] = []  # left, top, right, bottom
     for index, (row, lines) in enumerate(zip(tiles, texts, strict=True)):
         group, place = divmod(index, rows_each)
         left = MARGIN + group * (group_width + MARGIN)
         top = MARGIN // 2 + LINE_HEIGHT + GAP // 2 + place * row_height
+        places.append([None] * len(row))
         for column, tile in enumerate(row):
             if tile:
-                sheet.paste(tile, (left + column * (tile_width + GAP), top))
+                corner = left + column * (tile_width + GAP), top
+                sheet.paste(tile, corner)
+                places[-1][column] = (*corner, corner[0] + tile.width, top + tile.height)
         for line, text in enumerate(lines):
             draw.text((left, top + tile_height + GAP // 2 + line * LINE_HEIGHT), text, INK, font)
+    sheet.info[TILES] = json.dumps(
+        [
+            {"caption": caption[:TOLD_CAPTION], "boxes": dict(zip(headings, boxes, strict=True))}
+            for caption, boxes in zip(captions, places, strict=True)
+        ]
+    )
     return sheet
+
+
+def save_grid(sheet: Image.Image, path: Path) -> None:
+    """As a PNG that says where its tiles are. Raises: OSError."""
+    told = PngInfo()
+    told.add_text(TILES, sheet.info[TILES])
+    sheet.save(path, "PNG", pnginfo=told)
 
 
 def _tile(image: Image.Image) -> Image.Image:

@@ -5,13 +5,14 @@ all numbers are finite, hashes, writes, syncs, renames and deletes what is old. 
 on its way: the next one waits for it. One that fails leaves older checkpoints as they were and does
 not end the run, whose next one may succeed; until then each line of the log tells of it.
 
-Sharded parameters are written by all ranks while the loop waits: ranks have to agree on each stage
-of it, and what they tell each other must not cross the loop's own messages.
+Sharded parameters are written by the threads of all ranks, which agree on each stage of it by
+messages of their own.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from . import checkpoint, sharded_checkpoint
 from .checkpoint import Checkpoint
-from .errors import UsageError
+from .errors import RanksLost, UsageError
 from .log import RunLog
 from .sharding import Shards
 from .world import World
 
 BLOCK_BYTES = 2**28  # a power of two, as PyTorch makes each piece of page-locked memory anyway
 ALIGN_BYTES = 64
+TIMED_OUT = "Timed out"  # in gloo's message of ranks that did not come
 TOLD_WAIT_S = 1.0  # waiting for a save is told from here on
 
 Parts = dict[str, dict[str, Tensor]]
@@ -93,8 +95,11 @@ class Saver:
 
     def __init__(self, world: World, shards: Shards | None, log: RunLog) -> None:
         self.world, self.shards, self.log = world, shards, log
+        self.aside = world if shards is None else world.aside()
         self.host = HostCopy(world.device)
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        on_gpu = world.device.type == "cuda"  # a thread's own GPU is the first one, if not told
+        told = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
+        self.thread = ThreadPoolExecutor(1, "checkpoint", **told)
         self.pending: Future[None] | None = None
         self.step, self.roots = -1, frozenset[Path]()  # of the newest save
         self.failed: dict[int, str] = {}  # step of a save: why it failed
@@ -114,19 +119,17 @@ class Saver:
             return
         self.step, self.roots = step, roots
         self.failed.pop(step, None)
-        if (shards := self.shards) is not None:
-            self._done(step, lambda: self._write_shards(step, saves, shards))
-            return
-        parts = {part: named for one in saves for part, named in one.checkpoint.tensors.items()}
-        self._done(step, lambda: self._begin(step, saves, parts))
+        self._done(step, lambda: self._begin(step, saves))
 
-    def _begin(self, step: int, saves: Sequence[Save], parts: Parts) -> None:
-        copied = self.host.take(parts)
+    def _begin(self, step: int, saves: Sequence[Save]) -> None:
+        parts = {part: named for one in saves for part, named in one.checkpoint.tensors.items()}
+        with self.world.together() if self.shards is not None else nullcontext():
+            copied = self.host.take(parts)
         mine = [
             one._replace(checkpoint=Checkpoint(_of(one, copied), one.checkpoint.state))
             for one in saves
         ]
-        self.pending = self.thread.submit(_write, step, mine)
+        self.pending = self.thread.submit(_write, step, mine, self.shards, self.aside)
 
     def tell(self, step: int) -> None:
         """Says at a line of the log that the newest checkpoint could not be written."""
@@ -177,23 +180,29 @@ class Saver:
         except UsageError as error:
             self.failed[self.step] = str(error)
             self.log.event(step, "save failed", f"WARNING: not saved: {error}")
-
-    def _write_shards(self, step: int, saves: Sequence[Save], shards: Shards) -> None:
-        for root, made, keep in saves:
-            with self.world.together():
-                check_finite(step, made.tensors)
-            sharded_checkpoint.save(root, step, made, keep, shards, self.world)
+        except RuntimeError as error:
+            if TIMED_OUT not in str(error):
+                raise
+            raise RanksLost(
+                f"rank {self.world.rank} stops: not every rank has written its part of "
+                f"checkpoint-{self.step} within --timeout_s: look at the disks of the machines"
+            ) from None
 
 
 def _of(one: Save, copied: Parts) -> Parts:
     return {part: copied[part] for part in one.checkpoint.tensors}
 
 
-def _write(step: int, saves: Sequence[Save]) -> None:
+def _write(step: int, saves: Sequence[Save], shards: Shards | None, world: World) -> None:
     """In the thread; the run meets what it raises when it looks after the save."""
     for root, made, keep in saves:
-        check_finite(step, made.tensors)
-        checkpoint.save(root, step, made, keep)
+        if shards is None:
+            check_finite(step, made.tensors)
+            checkpoint.save(root, step, made, keep)
+        else:
+            with world.together():
+                check_finite(step, made.tensors)
+            sharded_checkpoint.save(root, step, made, keep, shards, world)
 
 
 def check_finite(step: int, parts: Parts) -> None:

@@ -12,6 +12,8 @@ import tomli_w
 from .config import EvaluationConfig, OutputConfig, RunConfig, ValidationConfig
 from .errors import UsageError
 
+RUN_FILE = "run.toml"  # in a run's folder
+
 # The table of what may differ when a run goes on in the same output folder. All else is part of
 # what the run is. The cut of a step may change, its global batch (kept in the checkpoint) may not.
 MAY_CHANGE = frozenset(
@@ -98,8 +100,14 @@ def from_toml(path: Path, flag: str = "--config ") -> RunConfig:
     return from_values(values, source=f"{flag}{path}")
 
 
-def from_values(values: dict[str, Any], source: str) -> RunConfig:
-    """Builds a run from {flag: value} or {section: {flag: value}}; `source` starts each message."""
+def from_values(values: dict[str, Any], source: str = "settings") -> RunConfig:
+    """A run from {flag: value} or {section: {flag: value}}; a path may be a Path.
+
+    Args:
+        source: starts each message.
+
+    Raises: UsageError: an unknown name (with the nearest), a wrong type or value.
+    """
     sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
     home = {f.name: section for section, cls in sections.items() for f in dataclasses.fields(cls)}
     built: dict[str, dict[str, Any]] = {section: {} for section in sections}
@@ -110,6 +118,7 @@ def from_values(values: dict[str, Any], source: str) -> RunConfig:
                 nearest = difflib.get_close_matches(name, [*home, *sections], n=1)
                 hint = f"; did you mean {nearest[0]}?" if nearest else ""
                 raise UsageError(f"{source}: unknown setting {name}{hint}")
+            setting = str(setting) if isinstance(setting, Path) else setting
             built[home[name]][name] = _checked(sections[home[name]], name, setting, source)
     return RunConfig(**{section: sections[section](**built[section]) for section in sections})
 

@@ -35,6 +35,7 @@ def save(
 
     Args:
         made: of tensors, this rank's parts.
+        world: of `World.aside` where a thread saves.
 
     Raises: UsageError, on all ranks alike.
     """
@@ -48,7 +49,7 @@ def save(
         if world.highest(there):
             return
         with world.together(), disk_errors(final):
-            _write(partial, made.tensors, shards)
+            _write(partial, made.tensors, shards, world)
         mine: dict[str, Any] = {}
         with world.together(), disk_errors(final):
             mine = checkpoint.fingerprints(partial, f"shard-{world.rank + 1:05}-*.safetensors")
@@ -69,7 +70,9 @@ def read(folder: Path, shards: Shards | None) -> dict[str, dict[str, Tensor]]:
     return {path.stem: dict(_rows(path, shards)) for path in sorted(folder.glob("*.safetensors"))}
 
 
-def _write(partial: Path, parts: dict[str, dict[str, Tensor]], shards: Shards) -> None:
+def _write(
+    partial: Path, parts: dict[str, dict[str, Tensor]], shards: Shards, world: World
+) -> None:
     """Fails on all ranks alike: they tell each other. One file a part, for memory's sake."""
     state: dict[str, Tensor] = {}
     file_of: dict[str, int] = {}  # all names are rank 0's, who has the first rows of everything
@@ -83,7 +86,7 @@ def _write(partial: Path, parts: dict[str, dict[str, Tensor]], shards: Shards) -
         str(partial), fqn_to_index_mapping=file_of, save_distributed=True
     )
     try:
-        dcp.save(state, storage_writer=writer)
+        dcp.save(state, storage_writer=writer, process_group=world.group)
     except dcp.CheckpointException as error:
         (cause, _), *_ = error.failures.values()
         if isinstance(cause, (OSError, SafetensorError)):

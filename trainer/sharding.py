@@ -73,6 +73,10 @@ class Shards:
         for module in (*units(unet), unet):
             # The root as well: after a forward alone it would keep the weights of that moment.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        # Copies on the host, of which a checkpoint is written, lie over the same ranks.
+        self.host_mesh = mesh
+        if mesh.device_type != "cpu":
+            self.host_mesh = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         self.group = mesh.get_group("shard")
         self.index, self.count = mesh.get_local_rank("shard"), self.group.size()
         self.sharded = cast(dict[str, DTensor], dict(unet.named_parameters()))
@@ -118,11 +122,15 @@ class Shards:
         return slice(min(self.index * each, total), min((self.index + 1) * each, total))
 
     def whole(self, name: str, part: Tensor) -> DTensor:
-        """A tensor that lies as a parameter does, as DTensor over the parts of all ranks."""
+        """A tensor that lies as a parameter does, as DTensor over the parts of all ranks.
+
+        Args:
+            part: this rank's, on its device or on the host.
+        """
         like = self.sharded[name]
         return DTensor.from_local(
             part,
-            like.device_mesh,
+            like.device_mesh if part.device == like.device else self.host_mesh,
             like.placements,
             run_check=False,
             shape=like.shape,

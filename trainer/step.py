@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..kernels.chunks import upload
 from .encoders import Samples
+from .loss import GROUPS
 from .optim import AdamW
 from .sharding import no_reduce_between_machines
 from .world import World
@@ -41,6 +42,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # [] fp32, of the mean gradient over all ranks, before clipping
     applied: Tensor  # [] bool, False: nothing moved; not finite, a spike, or no sample
     spike: Tensor  # [] bool, the loss was far above the usual one
+    by_group: Tensor  # [2, GROUPS] fp32, loss and samples of each group that the loss is told by
 
 
 class LossScale:
@@ -103,7 +105,7 @@ class SpikeGuard:
 
 def train_step(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Samples], Tensor],
+    loss_fn: Callable[[nn.Module, Samples, Tensor], Tensor],
     optimizer: AdamW,
     loss_scale: LossScale,
     world: World,
@@ -122,22 +124,24 @@ def train_step(
 
     Args:
         model: the UNet, wrapped in DDP or sharded when there is more than one rank.
-        loss_fn: (model, samples) -> [] fp32, the sum over the samples of weight times loss.
+        loss_fn: (model, samples, by_group) -> [] fp32, the sum over the samples of weight times
+            loss, as `EditLoss`.
         micro_batches: this rank's share of the window.
         slots: samples of this rank's whole window, padding too; keeps fp16 gradients in range.
         max_grad_norm: global L2 norm to clip to; inf leaves the gradient as it is.
         guard: looks at the loss, and may have its step move nothing.
     """
     optimizer.zero_grad()
-    totals = torch.zeros(2, device=world.device)  # loss and samples
+    totals = torch.zeros(2 + 2 * GROUPS, device=world.device)  # loss and samples: all, by group
+    by_group = totals[2:].view(2, GROUPS)
     for index, samples in enumerate(micro_batches, start=1):
         last = index == len(micro_batches)
         with nullcontext() if last else no_all_reduce(model):
-            loss = loss_fn(model, samples)
+            loss = loss_fn(model, samples, by_group)
             (loss * (loss_scale.scale / slots)).backward()
         optimizer.take_gradients(last=last)
-        totals += torch.stack((loss.detach(), samples.weights.sum()))
-    loss, count = world.sum(totals)
+        totals[:2] += torch.stack((loss.detach(), samples.weights.sum()))
+    loss, count = world.sum(totals)[:2]
 
     # DDP, or FSDP2, has divided by the ranks; the mean is over the samples of the window.
     mean_factor = world.size * slots / (count.clamp(min=1.0) * loss_scale.scale)
@@ -150,7 +154,7 @@ def train_step(
     clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # 1e-6: as clip_grad_norm_
     optimizer.update(rates.lr, rates.ema_weights, mean_factor * clip, applied)
     loss_scale.update(finite)
-    return StepResult(loss, count, grad_norm, applied, spike)
+    return StepResult(loss, count, grad_norm, applied, spike, by_group)
 
 
 def discarded_step(model: nn.Module, samples: Samples, loss_fn, optimizer: AdamW) -> None:

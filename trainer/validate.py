@@ -4,7 +4,7 @@ All ranks share the work. Draws have purposes of their own and are keyed by row,
 changes nothing in training and shows the same noise every time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .conditioning import CONDITIONS
 from .config import ValidationConfig
 from .data import EditPairs, collate
 from .draws import Purpose, draw_normal
@@ -22,18 +23,8 @@ from .errors import UsageError
 from .files import beside, cannot_write, put_in_place
 from .log import RunLog
 from .loss import HELD_OUT, EditLoss
-from .sample import edit_images, grid
+from .sample import edit_images, grid, save_grid
 from .world import World
-
-# What the UNet is given: (text is dropped, image is dropped). Guidance is being learned while the
-# four losses part.
-CONDITIONS = {
-    "full": (False, False),
-    "no_text": (True, False),
-    "no_image": (False, True),
-    "neither": (True, True),
-}
-
 
 HELD_OUT_PICTURES = 8  # held-out rows that are shown
 
@@ -59,6 +50,7 @@ class Validator:
         folder: where grids are written, step-000500.png.
         batch_size: pictures sampled, or rows whose loss is taken, at once; guidance triples it.
         on_bad_sample: what an unreadable held-out row does, stop or skip.
+        asked: a validation of the caller's own, of step and pipeline; its numbers are logged.
     """
 
     def __init__(
@@ -75,16 +67,18 @@ class Validator:
         world: World,
         batch_size: int,
         on_bad_sample: str,
+        asked: Callable[[int, Any], dict[str, float]] | None = None,
     ) -> None:
         self.section, self.pipeline = section, pipeline
         self.encoders, self.loss_fn = encoders, loss_fn
         self.pairs, self.rows = pairs, rows
         self.every, self.folder, self.world = every, folder, world
         self.batch_size, self.on_bad_sample = batch_size, on_bad_sample
+        self.asked = asked
         self.pictures = _pictures(section, image, pairs, rows)
 
     def due(self, step: int, last_step: int) -> bool:
-        wanted = bool(self.pictures or self.rows)
+        wanted = bool(self.pictures or self.rows or self.asked)
         return wanted and (step % self.every == 0 or step == last_step)
 
     def run(self, step: int, ema: Ema | None, log: RunLog) -> None:
@@ -97,10 +91,15 @@ class Validator:
                 with self.world.together():
                     if self.world.is_main:
                         self._show(step, edited, log)
+            if self.asked is not None:
+                log.scalars(step, self.asked(step, self.pipeline))
 
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
-        """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps."""
+        """Mean loss over held-out rows for each of CONDITIONS, with fixed noise and timesteps.
+
+        Guidance is being learned while the four part.
+        """
         mine: list[int | None] = [*self.rows[self.world.rank :: self.world.size]]
         # As often as every rank: a sharded UNet is run by all of them together.
         mine += [None] * (-(-len(self.rows) // self.world.size) - len(mine))
@@ -118,7 +117,7 @@ class Validator:
                     torch.full_like(samples.positions, drop, dtype=torch.bool) for drop in drops
                 )
                 given = self.loss_fn.edit_input(samples, drop_text, drop_image, HELD_OUT)
-                totals[index] += self.loss_fn.error(self.pipeline.unet, given, samples.weights)
+                totals[index] += self.loss_fn.errors(self.pipeline.unet, given, samples.weights)[0]
             totals[-1] += samples.weights.sum()
         if self.world.highest(bool(errors)) and self.on_bad_sample == "stop":
             told = next(text for text in self.world.texts("; ".join(errors)) if text)
@@ -147,7 +146,7 @@ class Validator:
         path = grid_path(self.folder, step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(beside(path), "PNG")
+            save_grid(sheet, beside(path))
             put_in_place(beside(path), path)
         except OSError as error:
             raise cannot_write(path, error) from None

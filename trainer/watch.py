@@ -43,7 +43,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.doing_now, self.since, self.waits = "starting", time.monotonic(), False
-        self.ended, self.number = "", 0
+        self.ended, self.number, self.timeout_s = "", 0, 1800.0
         self.thread: threading.Thread | None = None
 
     def start(self, store: dist.Store, rank: int, size: int, timeout_s: float) -> None:

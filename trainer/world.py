@@ -5,7 +5,7 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -26,6 +26,14 @@ class World:
     local_size: int = 1  # ranks of this machine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     watch: Watch = field(default_factory=Watch, compare=False)
+    group: dist.ProcessGroup | None = field(default=None, compare=False)  # None: all ranks' first
+
+    @staticmethod
+    def alone() -> "World":
+        """One rank, on the GPU if there is one."""
+        if torch.cuda.is_available():
+            return World(device=torch.device("cuda", torch.cuda.current_device()))
+        return World()
 
     @property
     def is_main(self) -> bool:
@@ -96,6 +104,16 @@ class World:
             gc.collect()
             dist.destroy_process_group()
 
+    def aside(self) -> "World":
+        """The same ranks with messages of their own, for a thread. All ranks call it.
+
+        What the hosts tell each other there cannot cross what the loop's do.
+        """
+        if self.size == 1:
+            return self
+        timeout = timedelta(seconds=self.watch.timeout_s)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout), watch=Watch())
+
     def doing(self, what: str) -> None:
         """What others say of this rank when they wait for it: "reading step 120"."""
         self.watch.doing(what)
@@ -103,7 +121,7 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, in place; on a GPU the host does not wait for it."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def highest(self, value: int) -> int:
@@ -112,7 +130,7 @@ class World:
             return value
         values = torch.tensor([value])
         with self.watch.waiting():
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return int(values.item())
 
     def barrier(self) -> None:
@@ -125,7 +143,7 @@ class World:
             return [mine]
         everyones = [torch.empty_like(mine) for _ in range(self.size)]
         with self.watch.waiting():
-            dist.all_gather(everyones, mine)
+            dist.all_gather(everyones, mine, group=self.group)
         return everyones
 
     def texts(self, text: str) -> list[str]:

@@ -88,7 +88,10 @@ def main(argv: list[str]) -> int:
     _show(json.loads((output / "metrics.json").read_text()))
     if flags.quick:
         _say("--quick shows that everything runs and learns next to nothing")
-    _say(f'see {output / "edits.png"}, and try: fusedit edit {output} IMAGE "make it night"')
+    _say(
+        f"see {output / 'edits.png'}, and try: fusedit report {output}; "
+        f'fusedit edit {output} IMAGE "make it night"'
+    )
     return 0
 
 

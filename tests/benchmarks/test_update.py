@@ -61,7 +61,7 @@ def test_a_way_that_cannot_run_is_a_row(monkeypatch):
 
 def test_a_gradient_that_is_not_finite_is_wrong():
     yes, one = torch.tensor(True), torch.ones(())
-    result = update.StepResult(one, one, one, ~yes, ~yes)
+    result = update.StepResult(one, one, one, ~yes, ~yes, one)
     assert update.disagreement(result, None) == "the gradient is not finite"
     assert update.disagreement(result._replace(applied=yes), None) == ""
 

@@ -59,6 +59,7 @@ def _start_and_await(size, flags, output, log, step):
         time.sleep(0.002)
 
 
+@pytest.mark.slow  # in CI tests/faults has the like
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_killed_at_random_it_ends_in_the_same_bits(inputs, tmp_path, ranks):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -6,6 +6,8 @@ from ranks import run
 from safetensors.torch import load_file
 from tiny import save_tiny_inputs
 
+from fusedit.trainer.log import read_lines
+
 STEPS = 20
 
 
@@ -74,6 +76,12 @@ def test_nor_do_they_with_more_noise_and_weights_of_timesteps(inputs, tmp_path):
         for key, value in weights.items():
             distance = (value - expected[key]).norm() / expected[key].norm()
             assert distance < 1e-5, f"{file} {key}: {distance:.1e}"
+    logs = [read_lines(folder.parent / "log.jsonl")[-1] for folder in (alone, other)]
+    told, expected = (
+        {name: value for name, value in line.items() if name.startswith("loss")} for line in logs
+    )
+    assert len(told) == 9  # all samples, four conditions, four bands
+    assert told == pytest.approx(expected, rel=1e-4)
     expected = load_file(plain / "unet.safetensors")["conv_in.weight"]
     assert not torch.equal(load_file(alone / "unet.safetensors")["conv_in.weight"], expected)
 

@@ -28,8 +28,8 @@ def _spoil_loss(poison: Poison) -> None:
 
     sound = EditLoss.__call__
 
-    def spoiled(self: EditLoss, model: Any, samples: Any) -> Any:
-        loss = sound(self, model, samples)
+    def spoiled(self: EditLoss, model: Any, samples: Any, by_group: Any = None) -> Any:
+        loss = sound(self, model, samples, by_group)
         step = int(samples.positions[0]) // poison.global_batch
         if poison.first <= step < poison.last:
             if poison.what == "loss":

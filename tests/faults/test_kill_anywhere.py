@@ -42,10 +42,11 @@ def _chain(seed, size):
     """13 kills: those before the loop, eight in it, and those at its end."""
     chance = random.Random(1000 * size + seed)
     middle = chance.sample(MIDDLE, len(MIDDLE))
-    return [
+    first, *others = [
         draw(chance, phase, size, VICTIMS[(seed + index) % 3])
         for index, phase in enumerate([*EARLY, *middle, *LATE])
     ]
+    return [first._replace(moment=first.moment / 2), *others]  # some is left for the second
 
 
 def _tell(request, came, size):

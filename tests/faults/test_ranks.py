@@ -32,6 +32,7 @@ def _lines(ranks):
 def test_a_rank_that_dies_is_named(inputs, tmp_path):
     ranks = Ranks(3, _long(inputs, tmp_path), tmp_path / "log")
     start_and_await(ranks, tmp_path / "run", 2)
+    time.sleep(3)  # some beats, so that the others know that it trains
     started = time.monotonic()
     ranks.kill(ranks.processes[1:2])
     assert ranks.wait(30) == [1, -signal.SIGKILL, 1], ranks.output()

@@ -86,29 +86,24 @@ def test_machines_leave_and_come_and_the_samples_stay(start, inputs, tmp_path):
     """torchrun's elastic size, 2 to 1 to 2, and its restarts; by the same command throughout."""
     whole, output = tmp_path / "whole", tmp_path / "run"
     run(2, flags_of(inputs, whole, 2, STEPS), tmp_path / "whole.log")
-    rendezvous = [
-        "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=9", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=elastic",
-    ]  # fmt: skip
-    # The first holds the rendezvous: it must be the one that stays.
-    patience = "last_call_timeout=2"  # for more than one machine; 30 s unless told otherwise
-    flags = [
-        *flags_of(inputs, output, 2, STEPS),
-        "--checkpointing_steps=5",
-        "--timeout_s=60",
-    ]
-    first, second, third = (
-        (*TORCHRUN, *rendezvous, f"--rdzv-conf={patience},is_host={host}", *job)
-        for job in [("-m", "fusedit.launch.train", *flags)]
-        for host in (1, 0, 0)
-    )
-    first, second = start(*first), start(*second)
+    endpoint = f"127.0.0.1:{free_port()}"
+
+    def command(host):  # The first holds the rendezvous: it must be the one that stays.
+        return [
+            sys.executable, "-m", "fusedit.launch.cli", "train", "--nnodes=1:2",
+            "--nproc_per_node=1", "--max_restarts=9", f"--rdzv_endpoint={endpoint}",
+            # The last is patience for more than one machine; 30 s unless told otherwise.
+            "--rdzv_id=elastic", f"--rdzv_conf=is_host={host},last_call_timeout=2",
+            *flags_of(inputs, output, 2, STEPS), "--checkpointing_steps=5", "--timeout_s=60",
+        ]  # fmt: skip
+
+    first, second = start(*command(host=1)), start(*command(host=0))
     _await(first, output, 10)
     tell([*children(second.pid), second.pid], signal.SIGKILL)  # the machine of one rank
     second.communicate()
     at = last_step(output)
     _await(first, output, at + 10)
-    third = start(*third)
+    third = start(*command(host=0))
     told, of_third = (job.communicate(timeout=200)[1] for job in (first, third))
     assert [first.returncode, third.returncode] == [0, 0], told + of_third
     assert "1 ranks: 3 x 4 micro-steps each, for the 12 samples a step that the run has" in told

@@ -159,7 +159,10 @@ def test_fused_sd15_is_as_near_the_truth_as_plain(truth, plain, launches, device
     assert_no_further_from_the_truth({k: v.cpu() for k, v in ours.items()}, plain, truth)
 
 
-@pytest.mark.parametrize("compiled_ops", [("group_norm",), OPS], ids=["norms", "all"])
+NORMS = pytest.param(("group_norm",), id="norms", marks=pytest.mark.slow)  # all of them have it too
+
+
+@pytest.mark.parametrize("compiled_ops", [NORMS, pytest.param(OPS, id="all")])
 def test_compiled_is_as_near_too(compiled_ops, launches, device):
     # aot_eager: Inductor of torch 2.13 is wrong on a CPU, whatever the norms (see the README).
     short = {"layers_per_block": 1}
@@ -178,7 +181,12 @@ def test_compiled_is_as_near_too(compiled_ops, launches, device):
     assert_no_further_from_the_truth(*cpu, truth)
 
 
-def test_fp32_weights_under_autocast(truth, device, launches):
+# Interpreted, ours takes two minutes; test_attention.py and test_unet_attention.py have it too.
+OURS = pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", OURS])
+def test_fp32_weights_under_autocast(attention, truth, device, launches):
     model = unet().to(device)
     given = inputs(model, device=device)
 
@@ -187,12 +195,13 @@ def test_fp32_weights_under_autocast(truth, device, launches):
             return model(**given)
 
     plain = outcome(model, given, autocast)
-    fuse(model, attention="triton")
+    fuse(model, attention=attention)
     dtypes = []
     model.conv_norm_out.register_forward_hook(lambda _, given, out: dtypes.append(out.dtype))
     ours = outcome(model, given, autocast)
     assert dtypes == [torch.bfloat16]  # takes and gives the compute dtype
-    assert launches.count("backward_keys_kernel") == 5  # of 256 tokens, those at full size
+    if attention == "triton":
+        assert launches.count("backward_keys_kernel") == 5  # of 256 tokens, those at full size
     cpu = [{k: v.cpu() for k, v in found.items()} for found in (ours, plain)]
     assert_no_further_from_the_truth(*cpu, truth)
 
@@ -258,7 +267,12 @@ def test_a_copy_of_a_fused_unet_is_fused_and_saves_as_any_other(tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_bit(device):
-    model = unet(layers_per_block=1).to(device).train()
+    levels = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    model = unet(layers_per_block=1, **levels).to(device).train()
     fuse(model)
     given = inputs(model, device=device)
     kept = outcome(model, given)

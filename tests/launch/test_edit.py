@@ -56,10 +56,9 @@ def test_the_seed_decides(run, tmp_path):
         ((), {"model": "plain"}, "takes 4 channels, not 8"),
         ((), {"model": "broken"}, "broken"),
         ((), {"image": "missing.png"}, "no such file"),
-        ((), {"image": "data/metadata.jsonl"}, "image"),
+        ((), {"image": "model/model_index.json"}, "image"),
         ((), {"image": "ftp://host/image.png"}, "only http and https"),
         ((), {"image": "http://127.0.0.1:9/image.png"}, "cannot be fetched"),
-        (("--image_guidance_scale", "0.5"), {}, "1 or more, got 0.5"),
         (("--device", "nonsense"), {}, "--device nonsense"),
     ],
 )
@@ -83,14 +82,41 @@ def test_an_output_that_cannot_be_is_refused_first(run, tmp_path, capsys, output
     assert "-o" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_is_named(run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(image="photos", output="edits")
+    assert caught.value.code == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "photos: there is no such file or folder" in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--image_guidance_scale", "0.5"), "--image_guidance_scale must be 1 or more, got 0.5"),
+        (("--guidance_scale", "nan"), "--guidance_scale must be a number"),
+        (("--seed", "-1"), "--seed must be from 0"),
+        (("--steps", "0"), "--steps must be 1 or more"),
+        (("--overwrite",), "one image is always written"),
+        (("--port", "8000"), "are of --ui"),
+        (("--ui",), "--ui takes MODEL alone"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_first(run, capsys, flags, reason):
+    with pytest.raises(SystemExit) as caught:
+        run(*flags, model="missing")
+    assert caught.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_a_failed_write_leaves_the_old_picture(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "out.png").write_text("old")
 
-    def full(image, path):
+    def full(image, path, *_, **__):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(edit.Image.Image, "save", full)
     assert run("--steps", "1") == 2
-    assert "No space left" in capsys.readouterr().err
+    assert "no space is left" in capsys.readouterr().err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.png": "old"}

@@ -370,6 +370,15 @@ def test_a_checkpoint_that_fails_its_hash(here, capfd):
     assert "checkpoint-2 is passed over" in capfd.readouterr().err
 
 
+def test_a_gpu_that_is_full_is_told_with_the_cure(here, capfd, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
+
+    monkeypatch.setattr(Meter, "add", full)
+    line = _mistake(capfd, _flags())
+    assert line.startswith("fusedit: rank 0: CUDA out of memory: lower --train_batch_size and")
+
+
 def test_no_space_left(here, capfd, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -380,7 +389,7 @@ def test_no_space_left(here, capfd, monkeypatch):
 
 
 def test_no_space_left_for_anything_else(here, capfd, monkeypatch):
-    def full(image, path, form):
+    def full(image, path, form, **_):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Image.Image, "save", full)

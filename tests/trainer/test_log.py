@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fusedit.trainer.callbacks import Callbacks
 from fusedit.trainer.errors import UsageError
 from fusedit.trainer.log import (
     LOG_FILE,
@@ -27,7 +28,9 @@ RED = Image.new("RGB", (6, 4), (255, 0, 0))
 
 
 def start(folder, *, first_step=0, trackers=(), total_steps=100) -> RunLog:
-    return RunLog(folder, "logs", trackers, SETTINGS, "my-run", total_steps, first_step)
+    return RunLog(
+        folder, "logs", trackers, SETTINGS, "my-run", total_steps, first_step, Callbacks(())
+    )
 
 
 def lines(folder) -> list[dict]:

@@ -10,7 +10,7 @@ from fusedit.trainer.diffusion import Diffusion
 from fusedit.trainer.draws import Purpose, draw_integers, draw_normal
 from fusedit.trainer.encoders import Encoders, Samples
 from fusedit.trainer.families import STABLE_DIFFUSION, Text, TextEncoder
-from fusedit.trainer.loss import HELD_OUT, TRAINING, EditLoss
+from fusedit.trainer.loss import GROUPS, HELD_OUT, TRAINING, EditLoss
 
 N, CHANNELS, SIDE, TOKENS, WIDTH = 64, 4, 3, 5, 7
 SCALE = 0.18215
@@ -104,7 +104,7 @@ def test_min_snr_weighs_each_samples_error_and_not_the_held_out_loss(kind):
     errors = given.target.double().square().mean((1, 2, 3))
     expected = (samples.weights * snr.clamp(max=5.0) / divisor * errors).sum()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
-    held_out = loss_fn.error(unet, given, samples.weights).double()
+    held_out = loss_fn.errors(unet, given, samples.weights)[0].double()
     torch.testing.assert_close(held_out, (samples.weights * errors).sum(), rtol=1e-5, atol=0)
 
 
@@ -134,6 +134,39 @@ def test_dropped_conditions_become_null_text_and_zeros():
     cases = {(bool(t), bool(i)) for t, i in zip(no_text, no_image, strict=True)}
     assert len(cases) == 4
     assert 0.3 < no_text.float().mean() < 0.7
+
+
+def test_the_loss_is_told_by_what_was_dropped_and_by_timestep():
+    """Against each sample alone, sorted by what its UNet was given."""
+    samples, loss_fn = _samples(), _loss(rates=(0.3, 0.2, 0.3), snr_gamma=5.0)
+    expected: dict[str, list[float]] = {name: [0.0, 0.0] for name in loss_fn.groups}
+    for index in range(N):
+        unet = _Recorder()
+        loss = loss_fn(unet, Samples(*(field[index : index + 1] for field in samples)))
+        text, image = (unet.text == 9.0).all(), (unet.latents[:, 4:] == 0).all()
+        names = {(0, 0): "full", (1, 0): "no_text", (0, 1): "no_image", (1, 1): "neither"}
+        start = int(unet.timesteps) // 250 * 250
+        for name in (
+            f"loss_by_condition/{names[int(text), int(image)]}",
+            f"loss_by_timestep/{start}-{start + 249}",
+        ):
+            expected[name][0] += float(loss)
+            expected[name][1] += float(samples.weights[index])
+    by_group = torch.zeros(2, GROUPS)
+    loss = loss_fn(_Recorder(), samples, by_group)
+    assert dict(zip(loss_fn.groups, by_group.T.tolist(), strict=True)) == {
+        name: pytest.approx(both, rel=1e-4) for name, both in expected.items()
+    }
+    torch.testing.assert_close(by_group[0].view(2, 4).sum(1), torch.stack((loss, loss)))
+    assert loss == loss_fn(_Recorder(), samples)
+
+
+def test_what_is_not_finite_stays_in_its_own_groups():
+    samples, loss_fn = _samples(), _loss("v_prediction", rates=(0.3, 0.2, 0.3))
+    samples.target_mean[5] = float("nan")
+    by_group = torch.zeros(2, GROUPS)
+    loss_fn(_Recorder(), samples, by_group)
+    assert (~by_group[0].isfinite()).view(2, 4).sum(1).tolist() == [1, 1]
 
 
 def test_a_sample_is_drawn_by_its_position_alone():

@@ -17,7 +17,8 @@ from tiny import save_tiny_pipeline
 
 from fusedit.trainer import sample
 from fusedit.trainer.errors import UsageError
-from fusedit.trainer.families import STABLE_DIFFUSION
+from fusedit.trainer.families import SDXL, STABLE_DIFFUSION
+from fusedit.trainer.pipelines import load_pipeline
 from fusedit.trainer.sample import build_pipeline, edit_images, grid, nearest_size, open_image
 
 GUIDED = {"steps": 3, "guidance_scale": 5.0, "image_guidance_scale": 1.5}
@@ -136,6 +137,17 @@ def test_images_of_any_size_take_that_of_the_noise(pipeline):
     images = [picture(0, 61, 33), picture(1, 9, 90).convert("L")]
     edited = edit_images(pipeline, images, ["a", "b"], noise(2), **GUIDED)
     assert [image.size for image in edited] == [(24, 20)] * 2
+
+
+@pytest.mark.parametrize("kind", [STABLE_DIFFUSION, SDXL], ids=lambda family: family.name)
+def test_the_steps_are_told(kind, tmp_path):
+    folder = save_tiny_pipeline(tmp_path / "edit", in_channels=8, xl=kind is SDXL)
+    pipeline = load_pipeline(str(folder))
+    told = []
+    [shown] = edit_images(pipeline, [picture(0)], ["red"], noise(1), **GUIDED, shows=told.append)
+    [quiet] = edit_images(pipeline, [picture(0)], ["red"], noise(1), **GUIDED)
+    assert told == [*range(1, len(pipeline.scheduler.timesteps) + 1)]  # PNDM adds one
+    assert np.array_equal(shown, quiet)
 
 
 def test_training_modules_of_two_dtypes(parts):

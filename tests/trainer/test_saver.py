@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from safetensors.torch import load_file
 
 from fusedit.trainer import checkpoint, saver
 from fusedit.trainer.checkpoint import Checkpoint
-from fusedit.trainer.errors import UsageError
+from fusedit.trainer.errors import RanksLost, UsageError
 from fusedit.trainer.log import RunLog
 from fusedit.trainer.saver import BLOCK_BYTES, HostCopy, Save, Saver
 from fusedit.trainer.world import World
 
 CPU = torch.device("cpu")
+LATE = "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation"
+GONE = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer"
 
 
 class Told(RunLog):
@@ -220,3 +223,12 @@ def test_other_ranks_neither_copy_nor_wait(disk, tmp_path):
     run.wait()
     run.close()
     assert not run.host.places
+
+
+@pytest.mark.parametrize(("told_by_gloo", "error"), [(LATE, RanksLost), (GONE, RuntimeError)])
+def test_ranks_that_do_not_write_their_part_are_told_of(run, told_by_gloo, error):
+    run.step, run.pending = 6, Future()
+    run.pending.set_exception(RuntimeError(told_by_gloo))
+    reason = "has written its part of checkpoint-6" if error is RanksLost else "closed by peer"
+    with pytest.raises(error, match=reason):
+        run.wait()

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import free_port
 from torch import multiprocessing, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from fusedit.trainer import checkpoint, sharded_checkpoint
 from fusedit.trainer.checkpoint import Checkpoint
 from fusedit.trainer.errors import UsageError
+from fusedit.trainer.log import RunLog
+from fusedit.trainer.saver import Save, Saver
 from fusedit.trainer.sharding import Shards, make_mesh
 from fusedit.trainer.world import World
 
@@ -76,15 +80,43 @@ def _rank(rank, port, root):
     save(3)
     world.barrier()
     assert [path.name for path in root.iterdir()] == ["checkpoint-3"]
+    _save_beside(root, parts, shards, world, full)
     dist.destroy_process_group()
+
+
+def _save_beside(root, parts, shards, world, full):
+    """By threads: the state of that moment, whatever the loop does and says meanwhile."""
+    run, free, write = Saver(world, shards, RunLog.silent()), threading.Event(), dcp.save
+
+    def held(*given, **named):
+        assert free.wait(20)
+        return write(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp, "save", held)
+        run.save(4, [Save(root, Checkpoint(parts, {"step": 4}), 1)])
+        for tensor in (tensor for named in parts.values() for tensor in named.values()):
+            tensor.add_(1)
+        assert [world.highest(number) for number in range(5)] == [*range(5)]
+        assert run.pending is not None
+        assert not run.pending.done()
+        free.set()
+        run.finish()
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(checkpoint, "sync", full)
+        run.save(5, [Save(root, Checkpoint(parts, {"step": 5}), 1)])
+        with pytest.raises(UsageError, match="checkpoint-5: no space is left on the disk"):
+            run.finish()
+    run.close()
 
 
 def test_ranks_write_together_and_fail_together(tmp_path):
     root = tmp_path / "run"
     multiprocessing.spawn(_rank, (free_port(), root), nprocs=RANKS)
-    folder = root / "checkpoint-3"
+    folder = root / "checkpoint-4"
     assert checkpoint.broken(folder) is None
-    assert checkpoint.read_state(folder) == {"step": 3}
+    assert checkpoint.read_state(folder) == {"step": 4}
     weights = _model().state_dict()
     moments = {f"{name}.exp_avg": -value.bfloat16() for name, value in weights.items()}
     counts = {f"{name}.step": torch.tensor(3.0) for name in weights}

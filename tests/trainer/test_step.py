@@ -45,7 +45,7 @@ def _errors(model, samples):
     return (model(samples.target_mean) - 1).square().mean(dim=1)
 
 
-def _loss(model, samples):
+def _loss(model, samples, by_group=None):
     return (samples.weights * _errors(model, samples)).sum()
 
 
@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is():
     job, data = _Job(), torch.randn(4, 3)
     job.step(_samples(data))
     before = job.weights()
-    job.loss = lambda model, samples: _loss(model, samples) + INF
+    job.loss = lambda model, samples, by_group: _loss(model, samples) + INF
     assert not job.step(_samples(data)).applied
     assert torch.equal(job.weights(), before)
 
