@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -37,7 +38,8 @@ COMMITTED = Path(__file__).parent / "results" / f"compiled-triton-{VERSION}.json
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 MORE_REGISTERS = (16, 0.20)  # allowed over the record: the larger of a number and a share
 MORE_INSTRUCTIONS = 0.25
-WHOLE = "sm_90"  # the family that --quick leaves whole
+MAIN = "sm_90"  # the family of which --quick takes more than the first launch of each kernel
+ONE_IN = 3  # of its launches
 MOST_WORKERS = 8
 
 
@@ -115,12 +117,16 @@ def coverage(family: str, capture: Captured, committed: Sequence[Record] | None)
     ] + [_finding(family, record, "is not launched", "-", "see --write") for record in gone]
 
 
-def representatives(launches: Sequence[Launch]) -> list[Launch]:
-    """The first launch of each kernel."""
-    first: dict[str, Launch] = {}
+def representatives(launches: Sequence[Launch], one_in: int | None = None) -> list[Launch]:
+    """The first launch of each kernel, and of the others one in so many, or none."""
+    seen: Counter[str] = Counter()
+    chosen = []
     for launch in launches:
-        first.setdefault(launch.kernel, launch)
-    return list(first.values())
+        number = seen[launch.kernel]
+        if number == 0 or (one_in is not None and number % one_in == 0):
+            chosen.append(launch)
+        seen[launch.kernel] += 1
+    return chosen
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -150,7 +156,7 @@ def flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, help="one table; default: all")
     parser.add_argument("--op", choices=CASES, help="one op; default: all")
     parser.add_argument(
-        "--quick", action="store_true", help=f"one launch of each kernel, but {WHOLE} whole"
+        "--quick", action="store_true", help=f"one launch of each kernel; of {MAIN} a third of all"
     )
     parser.add_argument("--write", action="store_true", help=f"record in {COMMITTED.name}")
     parser.add_argument("--json", type=Path, help="file for the records and findings of this run")
@@ -180,8 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = []
     for family, capture in captures.items():
         launches = list(capture.launches.values())
-        whole = family == WHOLE or not chosen.quick
-        jobs += [(family, one) for one in (launches if whole else representatives(launches))]
+        if chosen.quick:
+            launches = representatives(launches, ONE_IN if family == MAIN else None)
+        jobs += [(family, one) for one in launches]
     built = build_all(jobs)
     records: dict[str, list[Record]] = {family: [] for family in families}
     for (family, _), record in zip(jobs, built, strict=True):

@@ -9,15 +9,18 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import multiprocessing as torch_processes
+
 GRACE_S = 10
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fusedit.trainer.run"])
+_context.set_forkserver_preload(["fusedit.trainer.run", "fusedit.trainer.metrics"])
 
 
 class Ranks:
@@ -97,6 +100,12 @@ def run(size: int, flags: list[str], log: Path, local_size: int | None = None) -
     return ranks.output()
 
 
+def on_ranks(function: Callable[..., None], size: int, *given: Any) -> None:
+    """Calls function(rank, port, *given) in as many processes; an error there is raised here."""
+    port = free_port()
+    torch_processes.start_processes(function, (port, *given), size, start_method="forkserver")
+
+
 def _rank(*given: Any, **named: Any) -> None:
     os._exit(run_rank(*given, **named))
 
@@ -128,8 +137,6 @@ def run_rank(
 
         enter(host)
         os.environ.update(MASTER_ADDR=ADDRESSES[0], GLOO_SOCKET_IFNAME=NAME)
-    import torch
-
     command = importlib.import_module(f"fusedit.launch.{module}")
     # The launcher shares out the cores it may run on.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: threads * size])

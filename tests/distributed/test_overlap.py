@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from ranks import free_port
-from torch import multiprocessing, nn
+from ranks import on_ranks
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -46,7 +46,7 @@ def _train(rank, port, folder, kind):
 
 @pytest.mark.parametrize("kind", ["plain", "bf16", "masters"])
 def test_gradients_are_exchanged_before_the_backward_ends(kind, tmp_path):
-    multiprocessing.spawn(_train, (free_port(), str(tmp_path), kind), nprocs=2)
+    on_ranks(_train, 2, str(tmp_path), kind)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [e for e in events if e.get("ph") == "X"]
     starts = [e["ts"] for e in spans if "gloo:all_reduce" in e["name"]]

@@ -101,7 +101,7 @@ def test_ranks_add_up_in_the_masters_fp32(inputs, tmp_path):
             )
             assert torch.equal(at_once, value), key
             for other in (cut, sent):  # other micro-batches, or rounded on their way
-                assert (other - value).norm() < 5e-2 * value.norm(), key
+                assert (other - value).norm() < 1e-1 * value.norm(), key
     assert not torch.equal(sent, value)
 
 

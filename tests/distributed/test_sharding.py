@@ -152,7 +152,12 @@ def test_validation_changes_nothing(inputs, tmp_path, shared):
 
 @pytest.mark.parametrize(
     ("start", "ranks", "sharding"),
-    [("shared", 3, "fsdp"), ("shared", 1, "ddp"), ("alone", 2, "fsdp"), ("alone", 4, "hsdp")],
+    [
+        ("shared", 3, "fsdp"),
+        ("shared", 1, "ddp"),
+        ("alone", 2, "fsdp"),
+        pytest.param("alone", 4, "hsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_another_number_of_ranks_goes_on(inputs, tmp_path, request, alone, start, ranks, sharding):
     output = tmp_path / "run"

@@ -4,8 +4,8 @@ import json
 import os
 
 import torch
-from ranks import free_port
-from torch import multiprocessing, nn
+from ranks import on_ranks
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,7 +33,7 @@ def _train(rank, port, folder):
 
 
 def test_the_exchange_of_gradients_is_told_apart(tmp_path):
-    multiprocessing.spawn(_train, (free_port(), str(tmp_path)), nprocs=2)
+    on_ranks(_train, 2, str(tmp_path))
     for rank in range(2):
         alone, _, exchanged = json.loads((tmp_path / f"{rank}.json").read_text())
         assert "all-reduce" not in alone

@@ -70,6 +70,7 @@ def test_equal_launches_are_recorded_once(apart):
     launches = list(apart(samples.repeated).launches.values())
     assert [one.arguments for one in launches] == ["*bf16:16 x2 i32:16", "*bf16:16 x2 i32"]
     assert representatives(launches) == launches[:1]
+    assert representatives([launches[0]] * 7, 3) == [launches[0]] * 3  # of 0, 3 and 6
 
 
 def test_lost_alignment_is_found(apart):

@@ -194,7 +194,12 @@ def test_killed_and_resumed_it_ends_in_the_same_bits(trained, inputs, tmp_path):
         (2, ["--train_batch_size=2"]),
         (1, ["--train_batch_size=2", "--gradient_accumulation_steps=2"]),
         (1, ["--cache_latents=CACHE"]),
-        (2, ["--train_batch_size=2", "--cache_latents=CACHE", "--dataloader_num_workers=1"]),
+        (2, ["--train_batch_size=2", "--cache_latents=CACHE"]),
+        pytest.param(  # workers that encode take long to start
+            2,
+            ["--train_batch_size=2", "--cache_latents=CACHE", "--dataloader_num_workers=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_micro_steps_and_a_cache_learn_the_same(trained, inputs, tmp_path, ranks, more):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from types import ModuleType
 
 import numpy as np
@@ -198,6 +199,7 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(tmp_path):
     for step in (10, 20, 30):
         log.scalars(step, {"loss": 1.0})
     log.close()
+    time.sleep(1.1)  # TensorBoard reads files in the order of the second they were begun in
     log = start(tmp_path, first_step=20, trackers=("tensorboard",))
     log.scalars(30, {"loss": 2.0})
     log.close()

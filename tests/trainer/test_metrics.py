@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from extractor_files import ALEX, VGG, save_clip, save_dino, save_lpips
 from PIL import Image
-from ranks import free_port
+from ranks import on_ranks
 from scipy.ndimage import gaussian_filter
 from torch import multiprocessing, nn
 from transformers import CLIPModel, CLIPProcessor, ViTModel
@@ -257,7 +257,7 @@ def test_the_kernel_distance_draws_nothing_of_others(found):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def _rank(rank, size, port, places, rows_of, queue):
+def _rank(rank, port, size, places, rows_of, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -273,19 +273,18 @@ def _rank(rank, size, port, places, rows_of, queue):
     dist.destroy_process_group()
 
 
-def on_ranks(places, rows_of):
-    context = multiprocessing.get_context("spawn")
-    queue, size = context.SimpleQueue(), len(rows_of)
-    multiprocessing.spawn(_rank, (size, free_port(), places, rows_of, queue), nprocs=size)
+def measured(places, rows_of):
+    queue, size = multiprocessing.get_context("forkserver").SimpleQueue(), len(rows_of)
+    on_ranks(_rank, size, size, places, rows_of, queue)
     return queue.get()
 
 
 def test_two_ranks_come_to_the_bits_of_one(places):
-    values, rows = on_ranks(places, [[0, 1, 2, 3, 4]])
+    values, rows = measured(places, [[0, 1, 2, 3, 4]])
     assert {*values} == {*METRICS}
     assert all(len(of) == COUNT for of in rows.values())
-    assert on_ranks(places, [[4, 1], [0, 3, 2]]) == (values, rows)
-    assert on_ranks(places, [[3, 4, 2, 0, 1], []]) == (values, rows)  # one saw nothing
+    assert measured(places, [[4, 1], [0, 3, 2]]) == (values, rows)
+    assert measured(places, [[3, 4, 2, 0, 1], []]) == (values, rows)  # one saw nothing
 
 
 def test_extractors_are_known_by_their_weights(places, tmp_path):

@@ -288,7 +288,7 @@ def close(expected, found):
     )
     assert expected.keys() == found.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
 def test_from_a_cache_it_learns_the_same(trained, inputs, tmp_path):
@@ -307,7 +307,7 @@ def test_two_ranks_learn_the_same(trained, inputs, tmp_path, sharding):
         for output in (trained, tmp_path / "run")
     )
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
 def test_an_adapter_of_it_loads_by_the_cards_lines_and_merges(inputs, tmp_path):
@@ -398,7 +398,7 @@ def described(tmp_path_factory):
     ("pixels", "ranks", "more", "least"),
     [
         (512, 1, (), 16),
-        (1024, 1, ("--gradient_checkpointing",), 32),
+        pytest.param(1024, 1, ("--gradient_checkpointing",), 32, marks=pytest.mark.slow),
         (1024, 2, ("--sharding=fsdp", "--gradient_checkpointing"), 64),
     ],
 )

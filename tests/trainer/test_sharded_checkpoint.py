@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import free_port
-from torch import multiprocessing, nn
+from ranks import on_ranks
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from fusedit.trainer import checkpoint, sharded_checkpoint
@@ -113,7 +113,7 @@ def _save_beside(root, parts, shards, world, full):
 
 def test_ranks_write_together_and_fail_together(tmp_path):
     root = tmp_path / "run"
-    multiprocessing.spawn(_rank, (free_port(), root), nprocs=RANKS)
+    on_ranks(_rank, RANKS, root)
     folder = root / "checkpoint-4"
     assert checkpoint.broken(folder) is None
     assert checkpoint.read_state(folder) == {"step": 4}

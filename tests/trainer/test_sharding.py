@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port
+from ranks import on_ranks
 from tiny import TEXT_WIDTH, save_tiny_pipeline
-from torch import multiprocessing, nn
+from torch import nn
 
 from fusedit.trainer.config import ModelConfig, OptimConfig, PrecisionConfig, RunConfig
 from fusedit.trainer.errors import UsageError
@@ -36,7 +36,7 @@ def _images(step, ranks):
     return torch.randn(ranks, 2, 3, 4, 4, generator=torch.Generator().manual_seed(step))
 
 
-def _rank(rank, size, port, kind):
+def _rank(rank, port, size, kind):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -83,10 +83,10 @@ def _rank(rank, size, port, kind):
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4)])
 def test_ranks_have_parts_of_what_one_rank_has(kind, ranks):
-    multiprocessing.spawn(_rank, (ranks, free_port(), kind), nprocs=ranks)
+    on_ranks(_rank, ranks, ranks, kind)
 
 
-def _unet_rank(rank, size, port, base):
+def _unet_rank(rank, port, size, base):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -124,7 +124,7 @@ def _unet_rank(rank, size, port, base):
 
 def test_fused_and_compiled_blocks_meet_gathered_parameters(tmp_path):
     base = save_tiny_pipeline(tmp_path)
-    multiprocessing.spawn(_unet_rank, (2, free_port(), str(base)), nprocs=2)
+    on_ranks(_unet_rank, 2, 2, str(base))
 
 
 @pytest.mark.parametrize(
