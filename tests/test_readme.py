@@ -56,6 +56,8 @@ OTHER_FLAGS |= {
     "updates",
     "warm_up",
     "scenes",
+    "edits",
+    "rounds",
 }  # of benchmarks, whose own tests hold them
 OTHER_FLAGS |= {"gpu", "json"}  # of fusedit plan and doctor
 OTHER_FLAGS |= {

@@ -15,6 +15,7 @@ from tiny import TEXT_WIDTH, save_tiny_inputs
 from fusedit.trainer.log import LOG_FILE, parts_of, read_lines
 
 MIB = 2**20
+GROWS_MIB = 24  # that a heap may move by, whatever the steps
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,13 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("steps", "checkpoints", "grows_mib"),
-    [(240, 8, 24), pytest.param(20_000, 200, 24, marks=pytest.mark.slow)],
+    ("steps", "checkpoints", "slower"),
+    [
+        (240, 8, 3.0),  # few are timed, beside other tests
+        pytest.param(20_000, 200, 1.4, marks=pytest.mark.slow),
+    ],
 )
-def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
+def test_nothing_grows(inputs, tmp_path, steps, checkpoints, slower):
     output, told = tmp_path / "run", tmp_path / "told"
     every = steps // checkpoints
     flags = [
@@ -65,7 +69,7 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
         h["bytes"] for h in early
     )
     print(f"{steps} steps: {grown / MIB:+.1f} MiB, {late[-1]}")
-    assert grown < grows_mib * MIB
+    assert grown < GROWS_MIB * MIB
     for name in (
         "files",
         "threads",
@@ -74,7 +78,7 @@ def test_nothing_grows(inputs, tmp_path, steps, checkpoints, grows_mib):
     # The least here too: on a busy machine caches are shared with others.
     taken = [min(b["cpu_s"] - a["cpu_s"] for a, b in pairwise(part)) for part in (early, late)]
     print(f"CPU seconds of 5 steps, early and late: {taken}")
-    assert taken[1] < 1.4 * taken[0]
+    assert taken[1] < slower * taken[0]
 
     parts = parts_of(output / LOG_FILE)
     assert len(parts) > 1

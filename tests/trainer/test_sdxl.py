@@ -399,7 +399,9 @@ def described(tmp_path_factory):
     [
         (512, 1, (), 16),
         pytest.param(1024, 1, ("--gradient_checkpointing",), 32, marks=pytest.mark.slow),
-        (1024, 2, ("--sharding=fsdp", "--gradient_checkpointing"), 64),
+        pytest.param(
+            1024, 2, ("--sharding=fsdp", "--gradient_checkpointing"), 64, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_plan_fits_a_card_of_80_gb(described, pixels, ranks, more, least):
